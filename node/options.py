@@ -1,0 +1,42 @@
+"""How one stream is sampled, encoded and remembered: plain values, checked once."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .chunk import CHUNK_FRAMES
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """Settings of one stream. The encode size never depends on `chunk_frames`.
+
+    Raises ValueError, naming the field, for a value that cannot work.
+    """
+
+    name: str
+    connect: str | None = None  # endpoint of a camera that binds
+    fps: float | None = None  # frames per second to keep; None keeps all
+    stride: int = 1  # keep every n-th frame
+    chunk_frames: int = 4
+    layout: Literal["native", "turns"] = "native"
+    min_pixels: int | None = None  # None: the model's own bound
+    max_pixels: int | None = None
+    encode_size: tuple[int, int] | None = None  # width, height; wins over the pixel bounds
+    memory_bytes: int = 1 << 30
+    ring_frames: int = 64
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and not self.fps > 0:
+            raise ValueError(f"fps must be above 0, got {self.fps}")
+        if self.chunk_frames not in CHUNK_FRAMES:
+            raise ValueError(f"chunk_frames must be one of {CHUNK_FRAMES}, got {self.chunk_frames}")
+        if self.layout not in ("native", "turns"):
+            raise ValueError(f"layout must be native or turns, got {self.layout!r}")
+        for field in ("stride", "memory_bytes", "ring_frames", "min_pixels", "max_pixels"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{field} must be at least 1, got {value}")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        if self.encode_size is not None and min(self.encode_size) < 1:
+            raise ValueError(f"encode_size must be positive, got {self.encode_size}")

@@ -1,0 +1,407 @@
+"""Every message of protocol version 1, as frozen msgspec Structs.
+
+On the wire each is a MessagePack map with these field names; PROTOCOL.md is the authority. Times are
+integer nanoseconds since the Unix epoch unless a name ends in `_ms` or `_s`; sizes are bytes.
+A field that is `UNSET` is absent from the wire: a fact that is unknown is left out, never sent as 0 or -1.
+Unknown fields are ignored on receipt, so a minor version may add some.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+PROTOCOL_VERSION = 1
+
+StreamName = str
+TimeKind = Literal["capture", "publish", "receive", "media"]
+
+# ROS 2 sensor_msgs and Foxglove names.
+COMPRESSED_ENCODINGS = frozenset({"jpeg", "png"})
+RAW_CHANNELS = {"rgb8": 3, "bgr8": 3, "mono8": 1}
+ENCODINGS = COMPRESSED_ENCODINGS | RAW_CHANNELS.keys()
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """Base of all messages."""
+
+
+# ---------------------------------------------------------------------------------------------- frames
+
+
+class FrameHeader(Message, frozen=True, kw_only=True):
+    """Part 2 of a frame message: what the payload is, and when it was seen."""
+
+    v: int = PROTOCOL_VERSION
+    session: str  # new at each start of the publisher: a change means it restarted
+    stream: StreamName
+    ts: int
+    ts_kind: TimeKind = "capture"
+    enc: str = ""  # empty only with eos
+    w: int | UnsetType = UNSET  # pixels; required for raw encodings
+    h: int | UnsetType = UNSET
+    step: int | UnsetType = UNSET  # bytes per row, raw encodings only; default w * channels
+    fps: float | UnsetType = UNSET  # nominal rate of the source, Hz
+    loop: int | UnsetType = UNSET  # how often a replayed file has started over
+    eos: bool = False  # end of stream: the last message of this session, with no payload
+
+
+# ------------------------------------------------------------------------------------------- envelopes
+
+
+class Request(Message, frozen=True, kw_only=True):
+    """What a client sends to the ask or the control socket."""
+
+    v: int = PROTOCOL_VERSION
+    id: str
+    session: str  # the client's; id + session name a request, so a resend is the same request
+    endpoint: str
+    deadline_ms: int | UnsetType = UNSET  # budget left, relative: no clocks to agree
+    stream_reply: bool = False  # DEALER clients: send `partial` replies while the answer grows
+    data: msgspec.Raw = msgspec.Raw(b"\x80")
+
+
+class Failure(Message, frozen=True, kw_only=True):
+    """Why a request got no answer."""
+
+    code: str
+    message: str
+    retryable: bool
+    retry_after_ms: int | UnsetType = UNSET
+    error_id: str | UnsetType = UNSET  # find it in the node's log
+    details: dict[str, Any] = {}
+
+
+class Reply(Message, frozen=True, kw_only=True):
+    """What comes back: any number of `partial`, then exactly one `ok` or `error`."""
+
+    v: int = PROTOCOL_VERSION
+    id: str
+    status: Literal["ok", "partial", "error"]
+    node: str
+    session: str  # the node's: a change means it restarted
+    data: msgspec.Raw | UnsetType = UNSET
+    error: Failure | UnsetType = UNSET
+
+
+# ---------------------------------------------------------------------------------- ask: request data
+
+
+class Ask(Message, frozen=True, kw_only=True):
+    """Endpoint `ask`: a free answer about one stream."""
+
+    stream: StreamName
+    question: str
+    max_new_tokens: int = 128
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
+    seed: int | UnsetType = UNSET
+    stop: list[str] = []
+    as_of: str | UnsetType = UNSET  # the name of a mark: answer from the memory as it was then
+
+
+class AskChoice(Message, frozen=True, kw_only=True):
+    """Endpoint `ask_choice`: which of the options is likeliest."""
+
+    stream: StreamName
+    question: str
+    options: list[str]
+    rank_by: Literal["raw", "normalized", "calibrated"] = "calibrated"
+    as_of: str | UnsetType = UNSET
+
+
+# ------------------------------------------------------------------------------------ ask: reply data
+
+
+class Provenance(Message, frozen=True, kw_only=True):
+    """What the answer knows, and the proof that asking left no trace.
+
+    The fingerprint is a digest over sampled K and V rows of the memory the question read, taken before
+    the question and again after it.
+    """
+
+    num_tokens: int
+    num_frames: int
+    from_ns: int  # capture time of the oldest frame in the memory
+    until_ns: int  # capture time of the newest
+    until_seq: int
+    ts_kind: TimeKind
+    fingerprint_before: str
+    fingerprint_after: str
+    unchanged: bool
+
+
+class AnswerTiming(Message, frozen=True, kw_only=True):
+    """Where the time of one question went, in milliseconds, on the node's monotonic clock."""
+
+    queue_ms: float
+    prefill_ms: float
+    first_token_ms: float  # from the request's arrival to the first token
+    decode_ms: float
+    total_ms: float
+
+
+class PartialAnswer(Message, frozen=True, kw_only=True):
+    """Data of a `partial` reply: the text that is new since the last one."""
+
+    n: int  # 0, 1, 2, ...
+    delta: str
+
+
+class Answer(Message, frozen=True, kw_only=True):
+    """Data of the final reply to `ask`."""
+
+    text: str
+    finish: Literal["stop", "length"]
+    num_prompt_tokens: int
+    num_answer_tokens: int
+    memory: Provenance
+    timing: AnswerTiming
+    notice: str | UnsetType = UNSET  # e.g. that the model's weights are untrained
+
+
+class OptionScore(Message, frozen=True, kw_only=True):
+    """Log-probabilities of one option, in nats.
+
+    `raw` sums over the option's tokens, `normalized` is the mean per token, `calibrated` is `normalized`
+    minus the same mean under the question asked of an empty memory (Holtzman et al. 2021, domain
+    conditional PMI): what the memory says, less what the words say by themselves.
+    """
+
+    option: str
+    num_tokens: int
+    raw: float
+    normalized: float
+    calibrated: float
+    probability: float  # softmax over the ranked score
+
+
+class Choice(Message, frozen=True, kw_only=True):
+    """Data of the reply to `ask_choice`."""
+
+    index: int
+    option: str
+    margin: float  # ranked score of the best minus that of the second, nats
+    rank_by: Literal["raw", "normalized", "calibrated"]
+    scores: list[OptionScore]
+    memory: Provenance
+    timing: AnswerTiming
+    notice: str | UnsetType = UNSET
+
+
+# ---------------------------------------------------------------------------------- control: requests
+
+
+class StreamRef(Message, frozen=True, kw_only=True):
+    """Data of `cache_info`, `reset`, `stream_remove`, `stream_pause`, `stream_resume`, `marks`."""
+
+    stream: StreamName
+
+
+class MarkRef(Message, frozen=True, kw_only=True):
+    """Data of `mark`, `rollback` and `mark_delete`."""
+
+    stream: StreamName
+    name: str
+
+
+class CancelRef(Message, frozen=True, kw_only=True):
+    """Data of `cancel`: the request to end, by its id and the session that sent it."""
+
+    id: str
+    session: str
+
+
+class StreamSpec(Message, frozen=True, kw_only=True):
+    """Data of `stream_add`, and how a stream is configured; what is unset follows the node's defaults."""
+
+    stream: StreamName
+    connect: str | UnsetType = UNSET  # endpoint of a camera that binds; absent: cameras connect to the node
+    fps: float | UnsetType = UNSET  # frames per second to keep
+    stride: int | UnsetType = UNSET  # keep every n-th frame
+    chunk_frames: int | UnsetType = UNSET  # 1, 2, 4, 6 or 8
+    layout: Literal["native", "turns"] | UnsetType = UNSET
+    min_pixels: int | UnsetType = UNSET
+    max_pixels: int | UnsetType = UNSET
+    encode_width: int | UnsetType = UNSET  # explicit encode size, pixels
+    encode_height: int | UnsetType = UNSET
+    memory_bytes: int | UnsetType = UNSET
+
+
+# ---------------------------------------------------------------------- control: replies and telemetry
+
+
+class Empty(Message, frozen=True, kw_only=True):
+    """Data of a request or reply that carries nothing."""
+
+
+class Mark(Message, frozen=True, kw_only=True):
+    """A named point of a stream's memory."""
+
+    name: str
+    num_tokens: int
+    num_frames: int
+    until_ns: int | UnsetType = UNSET
+
+
+class Marks(Message, frozen=True, kw_only=True):
+    """Data of the reply to `marks`."""
+
+    marks: list[Mark]
+
+
+class CacheInfo(Message, frozen=True, kw_only=True):
+    """The memory of one stream, measured from its tensors."""
+
+    num_tokens: int
+    capacity_tokens: int
+    logical_bytes: int  # bytes of the K and V rows in use
+    resident_bytes: int  # bytes of the storage behind them, reserved at the start
+    bytes_per_token: int
+    num_chunks: int
+    num_frames: int  # real frames, padding not counted
+    num_padded_frames: int
+    positions_used: int
+    positions_left: int | UnsetType = UNSET  # up to the length the model was trained for
+    seconds: float | UnsetType = UNSET  # capture time between the oldest and the newest frame
+    oldest_ns: int | UnsetType = UNSET
+    newest_ns: int | UnsetType = UNSET
+    newest_seq: int | UnsetType = UNSET
+    seconds_until_full: float | UnsetType = UNSET  # at the present rate of tokens
+    full: bool = False
+
+
+class FrameCounters(Message, frozen=True, kw_only=True):
+    """Frames of one stream since the node's start.
+
+    received = dropped + encoded + pending, where pending are those still in the ring or in a chunk
+    that is not complete. `dropped` is keyed by reason: see PROTOCOL.md.
+    """
+
+    received: int
+    kept: int  # passed the sampler
+    encoded: int  # in the memory
+    pending: int
+    padded: int  # copies of a last frame that filled a chunk at the end of a stream
+    dropped: dict[str, int]
+    gaps: int  # sequence numbers that never arrived
+    last_seq: int | UnsetType = UNSET
+
+
+class StageTimings(Message, frozen=True, kw_only=True):
+    """Mean milliseconds per chunk over the recent chunks, by stage."""
+
+    decode_ms: float | UnsetType = UNSET  # JPEG or PNG to pixels, off the engine thread
+    preprocess_ms: float | UnsetType = UNSET
+    vision_ms: float | UnsetType = UNSET
+    prefill_ms: float | UnsetType = UNSET
+
+
+class StreamStats(Message, frozen=True, kw_only=True):
+    """Telemetry `stream/<node>/<stream>/`, and an entry of `streams`."""
+
+    v: int = PROTOCOL_VERSION
+    ts: int
+    stream: StreamName
+    state: Literal["waiting", "online", "offline", "paused", "full", "ended"]
+    layout: str
+    chunk_frames: int
+    received_size: tuple[int, int] | UnsetType = UNSET  # width, height
+    encoded_size: tuple[int, int] | UnsetType = UNSET
+    fps_received: float | UnsetType = UNSET
+    fps_encoded: float | UnsetType = UNSET
+    lag_ms: float | UnsetType = UNSET  # capture to memory, newest chunk; only for capture times
+    cache: CacheInfo
+    frames: FrameCounters
+    stages: StageTimings
+
+
+class Streams(Message, frozen=True, kw_only=True):
+    """Data of the reply to `streams`."""
+
+    streams: list[StreamStats]
+
+
+class Vram(Message, frozen=True, kw_only=True):
+    """Device memory by component. On the CPU only `weights`, `kv` and `activations_peak` are known."""
+
+    device: str
+    weights_bytes: int
+    kv_bytes: int
+    activations_peak_bytes: int | UnsetType = UNSET
+    total_bytes: int | UnsetType = UNSET
+    free_bytes: int | UnsetType = UNSET
+    other_process_bytes: int | UnsetType = UNSET
+    torch_allocated_bytes: int | UnsetType = UNSET
+    torch_reserved_bytes: int | UnsetType = UNSET
+    torch_peak_bytes: int | UnsetType = UNSET
+
+
+class QuestionCounters(Message, frozen=True, kw_only=True):
+    """Questions since the node's start, and recent means."""
+
+    received: int
+    answered: int
+    failed: dict[str, int]  # by error code
+    waiting: int
+    running: int
+    traces: int = 0  # answers whose fingerprint changed: anything but 0 is a defect
+    mean_first_token_ms: float | UnsetType = UNSET
+    mean_total_ms: float | UnsetType = UNSET
+
+
+class NodeStats(Message, frozen=True, kw_only=True):
+    """Telemetry `stats/<node>/`, and the reply to `status`."""
+
+    v: int = PROTOCOL_VERSION
+    ts: int
+    state: Literal["starting", "ready", "stopping"]
+    uptime_s: float
+    engine_progress_age_ms: float  # since the engine thread last came round
+    model: str
+    vram: Vram
+    questions: QuestionCounters
+    rejected: dict[str, int]  # malformed or refused messages, by reason, over all sockets
+    host_rss_bytes: int | UnsetType = UNSET
+
+
+class Pong(Message, frozen=True, kw_only=True):
+    """Reply to `ping`, answered without the engine: live and ready are different facts."""
+
+    live: bool
+    ready: bool
+    engine_progress_age_ms: float
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """Telemetry `hello/<node>/` on each new subscription, and the reply to `hello`."""
+
+    v: int = PROTOCOL_VERSION
+    protocol: str = "1.0"
+    features: list[str]
+    node: str
+    session: str
+    version: str
+    model: str
+    model_type: str
+    dtype: str
+    device: str
+    endpoints: dict[str, str]
+    max_question_chars: int
+    max_new_tokens: int
+    max_options: int
+    streams: list[StreamName]
+    notice: str | UnsetType = UNSET
+
+
+class Event(Message, frozen=True, kw_only=True):
+    """Telemetry `event/<node>/`: something changed."""
+
+    v: int = PROTOCOL_VERSION
+    ts: int
+    kind: str
+    stream: StreamName | UnsetType = UNSET
+    message: str
+    details: dict[str, Any] = {}

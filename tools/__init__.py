@@ -1,0 +1,1 @@
+"""One file, one command; each talks to the node only through `onlooker.protocol`."""
