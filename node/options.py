@@ -15,6 +15,7 @@ class StreamOptions:
 
     name: str
     connect: str | None = None  # endpoint of a camera that binds
+    camera_key: str | None = None  # file with that camera's public key; with it the link is CURVE
     fps: float | None = None  # frames per second to keep; None keeps all
     stride: int = 1  # keep every n-th frame
     chunk_frames: int = 4
