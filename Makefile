@@ -1,0 +1,46 @@
+# Every target sets up what it needs: on a fresh machine `make demo` or `make test` is the first command.
+# One environment, .venv, serves them all: the demo needs only the extras node and tools, but what dev adds
+# to torch and transformers is small, and two environments would hold those twice.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test check constraints clean
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/onlooker demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP) typings/onlooker
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+constraints: $(STAMP)
+	sed -n '/^#/p' constraints.txt > constraints.new
+	$(BIN)/pip freeze --all --exclude onlooker --exclude pip | sed 's/+cpu$$//' >> constraints.new
+	mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist typings *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find node protocol tools tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "onlooker needs Python 3.11 or newer; \"$(PYTHON)\" is $$($(PYTHON) --version 2>&1)." >&2; \
+	    echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@echo "Installing into $(VENV): a few minutes the first time."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Pyright reads the folders at the root as they are; tests and documents say onlooker.node, so it needs links.
+typings/onlooker:
+	mkdir -p $@
+	for folder in node protocol tools; do ln -sfn ../../$$folder $@/$$folder; done
