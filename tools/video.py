@@ -141,7 +141,7 @@ class Video(ABC):
         selection = selection or Selection()
         picker = _Picker(selection)
         num_decoded = 0
-        for media_ns, pixels in self._decode(selection.start_ns):
+        for media_ns, pixels in self.decode(selection.start_ns):
             num_decoded += 1
             if picker.is_past(media_ns):
                 return
@@ -154,7 +154,7 @@ class Video(ABC):
     def close(self) -> None: ...
 
     @abstractmethod
-    def _decode(self, start_ns: int) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
+    def decode(self, start_ns: int) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
         """Yield each picture's time and how to get its pixels; may begin anywhere before `start_ns`."""
 
 
@@ -186,7 +186,7 @@ class AvVideo(Video):
     def close(self) -> None:
         self._container.close()
 
-    def _decode(self, start_ns: int) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
+    def decode(self, start_ns: int) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
         if start_ns:
             self._seek(start_ns)
         for frame in self._frames():
@@ -241,7 +241,7 @@ class Cv2Video(Video):
     def close(self) -> None:
         self._capture.release()
 
-    def _decode(self, start_ns: int) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
+    def decode(self, start_ns: int) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
         # OpenCV's seeking is inexact, so a start offset is reached by decoding up to it.
         num_frames = 0
         while self._capture.grab():

@@ -1,0 +1,46 @@
+"""Quantities as people read them."""
+
+from datetime import UTC, datetime
+
+NS_PER_S = 1_000_000_000
+
+
+def bytes_text(num_bytes: int) -> str:
+    """`1.84 GB`, in powers of 1000; below a kilobyte to the byte."""
+    if num_bytes < 1000:
+        return f"{num_bytes} B"
+    size = float(num_bytes)
+    for unit in ("kB", "MB", "GB"):
+        size /= 1000
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+    return f"{size / 1000:.3g} TB"
+
+
+def seconds_text(seconds: float) -> str:
+    """`12.5 s`, `3 min 20 s` or `2 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def ms_text(milliseconds: float) -> str:
+    """`0.42 ms`, `62 ms` or `1.3 s`."""
+    return f"{milliseconds:.3g} ms" if milliseconds < 999.5 else seconds_text(milliseconds / 1000)
+
+
+def time_text(time_ns: int, kind: str) -> str:
+    """The time written on a frame: of day for a clock's, from the start for a file's own."""
+    if kind == "media":
+        return f"{time_ns / NS_PER_S:.2f} s of the file"
+    return datetime.fromtimestamp(time_ns / NS_PER_S, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + " UTC"
+
+
+def reasons_text(counts: dict[str, int]) -> str:
+    """`queue_full 3, stale 1`, the most frequent first."""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{reason} {num}" for reason, num in ranked if num)
