@@ -1,0 +1,101 @@
+"""The commands of `onlooker`, each a function of a file of this folder, imported only when it is run."""
+
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from ..protocol.errors import NoReplyError, OnlookerError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_NO_REPLY = 1, 2, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The file that holds a command's function, and the command's line in the help."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "demo": Entry("demo", "Show it all in one terminal: a node, a clip, three questions, the telemetry."),
+    "node": Entry("node", "Run a node."),
+    "verify": Entry("verify", "Prove on this machine that the memory and the answers are exact."),
+    "replay": Entry("replay", "Publish video files to a node, as cameras would."),
+    "camera": Entry("camera", "Publish a webcam or a network camera to a node."),
+    "ask": Entry("ask", "Ask about what a stream has shown."),
+    "watch": Entry("watch", "Watch the memory, VRAM, frames and questions of a node."),
+    "status": Entry("memory", "Say what a node is and how it does."),
+    "streams": Entry("memory", "List the streams of a node and what is remembered of each."),
+    "reset": Entry("memory", "Forget everything a stream has shown, marks too."),
+    "mark": Entry("memory", "Name a stream's memory as it is now."),
+    "rollback": Entry("memory", "Forget everything a stream has shown since a mark."),
+    "marks": Entry("memory", "List the marks of a stream."),
+    "keygen": Entry("keygen", "Make a key pair for a node, a camera or a client."),
+}
+
+
+class Commands(TyperGroup):
+    """Lists every command; imports the one that is run, and turns its errors into a line and a status."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = {name: TyperCommand(name, help=entry.summary) for name, entry in COMMANDS.items()}
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load(name) if name else command, rest
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OnlookerError as error:
+            typer.echo(f"onlooker: {error}", err=True)
+            status = EXIT_NO_REPLY if isinstance(error, NoReplyError) else EXIT_FAILED
+            raise typer.Exit(status) from error
+
+
+def load(name: str) -> TyperCommand:
+    """Import the file of a command and make the command of its function of that name.
+
+    A file whose command takes flags it does not know has CONTEXT_SETTINGS.
+    """
+    entry = COMMANDS[name]
+    module = importlib.import_module(f".{entry.module}", __package__)
+    alone = typer.Typer(add_completion=False)
+    alone.command(name, context_settings=getattr(module, "CONTEXT_SETTINGS", None))(getattr(module, name))
+    command = typer.main.get_command(alone)
+    assert isinstance(command, TyperCommand)
+    return command
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"onlooker {version('onlooker')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def onlooker(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """A camera stream in the KV cache of a vision-language model, open to questions over ZeroMQ."""

@@ -1,0 +1,14 @@
+"""`onlooker verify`: the exactness gate, on this machine.
+
+onlooker verify --model Qwen/Qwen2.5-VL-3B-Instruct --json
+"""
+
+import typer
+
+from .node import CONTEXT_SETTINGS as CONTEXT_SETTINGS
+from .node import exec_node
+
+
+def verify(context: typer.Context) -> None:
+    """Prove that memory and answers are exact. Every flag goes to it: `onlooker verify --help` lists them."""
+    exec_node("onlooker.node.verify", context.args)
