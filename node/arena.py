@@ -1,0 +1,98 @@
+"""Keys and values of many tokens in storage reserved once.
+
+Per layer one K and one V tensor, (capacity, kv_heads, head_dim), on that layer's device. Rows are written in
+place and never moved, so a reader may go on reading rows that lie below the length it saw, whatever is
+written above it.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_FINGERPRINT_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What one token costs in this model."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    layer_devices: tuple[torch.device, ...]  # one a layer
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_devices)
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class Extent(NamedTuple):
+    """Rows [start, stop) of an arena."""
+
+    arena: "Arena"
+    start: int
+    stop: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+    def rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of a layer, (num_tokens, kv_heads, head_dim), as views."""
+        return self.arena.keys[layer][self.start : self.stop], self.arena.values[layer][self.start : self.stop]
+
+
+class Arena:
+    """Storage for `capacity` tokens. Which rows are in use is its owner's knowledge."""
+
+    def __init__(self, shape: KVShape, capacity: int) -> None:
+        """Reserve the storage; raises torch.OutOfMemoryError (CUDA) or RuntimeError (CPU) if it can't be had."""
+        self.shape = shape
+        self.capacity = capacity
+        row = (capacity, shape.num_kv_heads, shape.head_dim)
+        self.keys = [torch.empty(row, dtype=shape.dtype, device=device) for device in shape.layer_devices]
+        self.values = [torch.empty(row, dtype=shape.dtype, device=device) for device in shape.layer_devices]
+
+    def extent(self, start: int, stop: int) -> Extent:
+        assert 0 <= start <= stop <= self.capacity, (start, stop, self.capacity)
+        return Extent(self, start, stop)
+
+    def write(self, layer: int, start: int, key: Tensor, value: Tensor) -> None:
+        """Write rows of one layer; key, value (kv_heads, n, head_dim), keys already rotated."""
+        stop = start + key.shape[1]
+        assert stop <= self.capacity, (start, stop, self.capacity)
+        self.keys[layer][start:stop].copy_(key.transpose(0, 1))
+        self.values[layer][start:stop].copy_(value.transpose(0, 1))
+
+    def logical_bytes(self, num_tokens: int) -> int:
+        """Bytes of the first `num_tokens` rows over all layers, counted on the tensors themselves."""
+        return sum(t[:num_tokens].numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the storage behind all layers, each storage counted once."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in (*self.keys, *self.values)}
+        return sum(storage.nbytes() for storage in storages.values())
+
+    def fingerprint(self, num_tokens: int) -> str:
+        """Digest of K and V rows sampled evenly over the first `num_tokens`, the last among them, in three layers.
+
+        It is a cheap witness that a memory was not written to, not a proof that nothing collides.
+        """
+        if num_tokens == 0:
+            return ""
+        last = num_tokens - 1
+        rows = sorted({last - last * i // _FINGERPRINT_ROWS for i in range(_FINGERPRINT_ROWS + 1)})
+        layers = sorted({0, self.shape.num_layers // 2, self.shape.num_layers - 1})
+        digest = hashlib.blake2b(digest_size=8)
+        for layer in layers:
+            for tensor in (self.keys[layer], self.values[layer]):
+                digest.update(tensor[rows].cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,160 @@
+"""Attention over K/V segments, merged by log-sum-exp.
+
+A query attends to each segment by itself, and the partial results are merged with the weights that their
+log-sum-exps give (the merge of FlashAttention and of FlashInfer's cascade attention). So a long past is read
+where it lies: no q x kv mask is built, and K and V are never repeated across the query heads.
+
+Shapes: queries (batch, heads, q_len, head_dim) as transformers hands them over; inside, the query heads of one
+K/V head form a group: (batch, kv_heads, group, q_len, head_dim). Segments are (kv_len, kv_heads, head_dim).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+IMPLEMENTATION = "onlooker_memory"
+
+_aten = torch.ops.aten
+
+
+class Partial(NamedTuple):
+    """Attention over one segment."""
+
+    out: Tensor  # (batch, kv_heads, group, q_len, head_dim)
+    lse: Tensor  # (batch, kv_heads, group, q_len), float32
+
+
+def grouped(query: Tensor, num_kv_heads: int) -> Tensor:
+    """View (batch, heads, q_len, head_dim) as (batch, kv_heads, group, q_len, head_dim)."""
+    return query.unflatten(1, (num_kv_heads, -1))
+
+
+def attend_shared(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
+    """Attend from every row of the batch to one segment that is visible as a whole.
+
+    query (batch, kv_heads, group, q_len, head_dim); key, value (kv_len, kv_heads, head_dim), kv_len > 0.
+    Batch, group and q_len are folded into one query length, so the segment is read once for all of them.
+    """
+    batch, _, group, q_len, _ = query.shape
+    folded = query.permute(1, 2, 0, 3, 4).flatten(1, 3)[None]  # (1, kv_heads, group*batch*q_len, head_dim)
+    out, lse = _kernel(folded)(folded, key.transpose(0, 1)[None], value.transpose(0, 1)[None], False, scale)
+    out = out[0].unflatten(1, (group, batch, q_len)).permute(2, 0, 1, 3, 4)
+    return Partial(out, lse[0].unflatten(1, (group, batch, q_len)).permute(2, 0, 1, 3))
+
+
+def attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
+    """Attend from each row of the batch to its own new tokens, causally.
+
+    query (batch, kv_heads, group, n, head_dim); key, value (batch, kv_heads, n, head_dim).
+    """
+    batch, num_kv_heads, group = query.shape[:3]
+    query = query.flatten(0, 1)
+    # One stride-0 axis stands for the group: the kernel reads each K/V head `group` times, nothing is copied.
+    key, value = (x.flatten(0, 1)[:, None].expand(-1, group, -1, -1) for x in (key, value))
+    out, lse = _kernel(query)(query, key, value, True, scale)
+    shape = (batch, num_kv_heads)
+    return Partial(out.unflatten(0, shape), lse.unflatten(0, shape))
+
+
+def attend_ragged(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float) -> Partial:
+    """Attend from each row of the batch to its own few tokens, of which the first `lengths[row]` are visible.
+
+    query (batch, kv_heads, group, q_len, head_dim); key, value (batch, kv_len, kv_heads, head_dim);
+    lengths (batch,), each at least 1. Computed in float32.
+    """
+    scores = torch.einsum("bhgqd,bkhd->bhgqk", query.float(), key.float()) * scale
+    hidden = torch.arange(key.shape[1], device=key.device) >= lengths[:, None]
+    scores = scores.masked_fill(hidden[:, None, None, None], float("-inf"))
+    # Rows that were never written may hold NaN, and 0 * NaN is NaN.
+    value = value.masked_fill(hidden[:, :, None, None], 0)
+    lse = scores.logsumexp(-1)
+    out = torch.einsum("bhgqk,bkhd->bhgqd", (scores - lse[..., None]).exp(), value.float())
+    return Partial(out.to(query.dtype), lse)
+
+
+def merge(partials: list[Partial]) -> Tensor:
+    """Merge partials over disjoint segments into (batch, q_len, heads, head_dim)."""
+    if len(partials) == 1:
+        out = partials[0].out
+    else:
+        lse = torch.stack([partial.lse for partial in partials])
+        weights = (lse - lse.logsumexp(0)).exp()[..., None]
+        out = sum(weight * partial.out for weight, partial in zip(weights, partials, strict=True))
+        assert isinstance(out, Tensor)
+        out = out.to(partials[0].out.dtype)
+    return out.flatten(1, 2).transpose(1, 2)
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
+
+
+def _kernel(query: Tensor) -> Kernel:
+    """The fused attention of this device and dtype that also returns the log-sum-exp."""
+    if query.device.type == "cpu":
+        return _flash_cpu
+    if query.shape[-1] % 8:
+        return _unfused
+    if query.dtype in (torch.float16, torch.bfloat16):
+        return _flash_cuda
+    return _efficient_cuda
+
+
+def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+
+
+def _flash_cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+    return out, lse[..., : q.shape[2]]
+
+
+def _efficient_cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    return out, lse[..., : q.shape[2]]  # the kernel pads it to a multiple of 32
+
+
+def _unfused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
+    if causal:
+        n = q.shape[2]
+        future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    lse = scores.logsumexp(-1)
+    return ((scores - lse[..., None]).exp() @ v.float()).to(q.dtype), lse
+
+
+def _memory_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    memory: "MemoryPass",
+    **_: object,
+) -> tuple[Tensor, None]:
+    """The attention function of the language model: the pass that comes with the call decides what is seen.
+
+    Returns (batch, q_len, heads, head_dim), as transformers expects.
+    """
+    assert attention_mask is None, "what is visible is the pass's business; no mask may be built"
+    return memory.attend(module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
+
+
+class MemoryPass:
+    """One forward pass through the language model: what it writes, and what it may see."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attend from new tokens; query (batch, heads, n, head_dim), key, value (batch, kv_heads, n, head_dim).
+
+        Keys come rotated. Returns (batch, n, heads, head_dim).
+        """
+        raise NotImplementedError
+
+
+# A name that transformers' mask registry does not know: so no mask is ever made for it.
+AttentionInterface.register(IMPLEMENTATION, _memory_attention)

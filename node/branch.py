@@ -1,0 +1,129 @@
+"""A question's own view: a stream's memory up to some length, and a little private K/V after it.
+
+Nothing of a branch is ever written to the memory, so dropping it restores everything: there is nothing to
+restore. Branches draw their private rows from a scratch that is reserved once.
+"""
+
+import numpy as np
+from torch import Tensor
+
+from ..protocol.errors import ErrorCode, NodeError
+from ..protocol.messages import Provenance
+from .arena import Arena, Extent, KVShape
+from .layout import Span
+from .ledger import Snapshot
+from .memory import StreamMemory
+from .model import VisionLanguageModel
+from .passes import Place, Prefill
+
+
+class Scratch:
+    """Private rows for a fixed number of branches, `slot_tokens` each."""
+
+    def __init__(self, shape: KVShape, num_slots: int, slot_tokens: int) -> None:
+        self.slot_tokens = slot_tokens
+        self._arena = Arena(shape, num_slots * slot_tokens)
+        self._free = list(range(num_slots))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def resident_bytes(self) -> int:
+        return self._arena.resident_bytes
+
+    def take(self) -> Extent:
+        """The rows of a free slot; there must be one."""
+        start = self._free.pop() * self.slot_tokens
+        return self._arena.extent(start, start + self.slot_tokens)
+
+    def give_back(self, slot: Extent) -> None:
+        self._free.append(slot.start // self.slot_tokens)
+
+
+class Branch:
+    """Reads a snapshot of a memory; holds a scratch slot until it is closed."""
+
+    def __init__(self, model: VisionLanguageModel, memory: StreamMemory, snapshot: Snapshot, scratch: Scratch) -> None:
+        self.memory = memory
+        self.snapshot = snapshot
+        self.next_position = snapshot.layout.next_position
+        self.num_own = 0
+        self._model = model
+        self._scratch = scratch
+        self._slot = scratch.take()
+        self._fingerprint = memory.fingerprint(snapshot)
+
+    def close(self) -> None:
+        """Give the slot back."""
+        self._scratch.give_back(self._slot)
+
+    def prefill(self, span: Span) -> Tensor:
+        """Append a span to the branch; returns the logits (vocabulary,) of the token after it.
+
+        Raises NodeError TOO_LARGE if the slot has no room for it.
+        """
+        self.require_room(len(span))
+        start = self._slot.start + self.num_own
+        memory = Prefill([self.memory.extent(self.snapshot), self.own], (self._slot.arena, start))
+        hidden = self._model.read(span, memory)
+        self.num_own += len(span)
+        self.next_position = span.next_position
+        return self._model.logits(hidden[-1])
+
+    def prefill_unseen(self, span: Span) -> Tensor:
+        """Start the branch over with a span that sees nothing of the memory; returns logits like `prefill`."""
+        self.require_room(len(span) - self.num_own)
+        hidden = self._model.read(span, Prefill([], (self._slot.arena, self._slot.start)))
+        self.snapshot = Snapshot()
+        self.num_own = len(span)
+        self.next_position = span.next_position
+        return self._model.logits(hidden[-1])
+
+    def continuations(self, ids: np.ndarray) -> Tensor:
+        """Logits (batch, n, vocabulary) of alternative continuations; ids (batch, n), padded on the right.
+
+        All see the branch as it is; none is written.
+        """
+        positions = self.next_position + np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+        memory = Prefill([self.memory.extent(self.snapshot), self.own])
+        return self._model.logits(self._model.read_batch(ids, np.ascontiguousarray(positions), memory))
+
+    def step(self) -> Place:
+        """Take one more row for the token that the next decode step reads, and say where it stands."""
+        self.num_own += 1
+        self.next_position += 1
+        return Place(self.memory.extent(self.snapshot), self.own)
+
+    @property
+    def own(self) -> Extent:
+        """The rows of the slot in use."""
+        return self._slot.arena.extent(self._slot.start, self._slot.start + self.num_own)
+
+    def require_room(self, num_tokens: int) -> None:
+        """Raise NodeError TOO_LARGE unless the slot holds that many more tokens."""
+        room = self._scratch.slot_tokens - self.num_own
+        if num_tokens > room:
+            raise NodeError(
+                ErrorCode.TOO_LARGE,
+                f"the question and its answer need {num_tokens} tokens, there is room for {room}",
+                details={"num_tokens": num_tokens, "max_tokens": room},
+            )
+
+    def provenance(self, snapshot: Snapshot) -> Provenance:
+        """What was known at a snapshot, and the proof that it is as it was when this branch began."""
+        after = self.memory.fingerprint(snapshot)
+        assert snapshot.oldest_ns is not None and snapshot.newest_ns is not None
+        assert snapshot.newest_seq is not None
+        return Provenance(
+            num_tokens=snapshot.num_tokens,
+            num_frames=snapshot.num_frames,
+            from_ns=snapshot.oldest_ns,
+            until_ns=snapshot.newest_ns,
+            until_seq=snapshot.newest_seq,
+            ts_kind=snapshot.ts_kind,
+            fingerprint_before=self._fingerprint,
+            fingerprint_after=after,
+            unchanged=after == self._fingerprint,
+        )

@@ -1,0 +1,576 @@
+"""The engine: the one thread that touches the device. It encodes chunks and answers questions, by turns.
+
+A turn is a chunk, or one decode step of all running answers together; a question's prefill is a turn of the
+answering side. Whatever fails ends the work it failed for, never the thread.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from msgspec import UNSET
+
+from ..protocol.errors import ErrorCode, NodeError
+from ..protocol.messages import (
+    Answer,
+    Ask,
+    AskChoice,
+    CacheInfo,
+    Choice,
+    Mark,
+    Marks,
+    QuestionCounters,
+    Vram,
+)
+from .answer import GrowingAnswer, decode
+from .branch import Branch, Scratch
+from .choice import choose
+from .chunk import Chunk, ChunkRefused, Encoded
+from .engine_protocol import ModelInfo
+from .fairness import FairShare
+from .ledger import Snapshot
+from .memory import StreamMemory
+from .model import VisionLanguageModel, load_model
+from .options import StreamOptions
+from .vram import VramMeter
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_IDLE_S = 0.25  # how often an idle engine comes round: for deadlines, and to show that it lives
+_VRAM_PERIOD_S = 1.0
+_MAX_QUESTION_CHARS = 8192
+_MAX_OPTIONS = 32
+
+
+@dataclass(slots=True, eq=False)
+class _Question:
+    """A question from its arrival to its reply."""
+
+    request: Ask | AskChoice
+    future: Future[Any]
+    arrived: float
+    deadline: float | None
+    on_delta: Callable[[str], None] | None = None
+    branch: Branch | None = None
+    answer: GrowingAnswer | None = None
+
+    @property
+    def is_expired(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+@dataclass(slots=True)
+class _Counters:
+    """Questions since the start. Written by the engine thread alone."""
+
+    received: int = 0
+    answered: int = 0
+    traces: int = 0
+    failed: dict[str, int] = field(default_factory=dict)
+    first_token_ms: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+    total_ms: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+
+    def count(self, reply: Answer | Choice) -> None:
+        self.answered += 1
+        self.traces += not reply.memory.unchanged
+        self.first_token_ms.append(reply.timing.first_token_ms)
+        self.total_ms.append(reply.timing.total_ms)
+
+    def fail(self, code: str) -> None:
+        self.failed[code] = self.failed.get(code, 0) + 1
+
+
+class Engine:
+    """Implements `EngineProtocol` on a real model: see there for what each verb promises."""
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        *,
+        max_concurrent_questions: int = 8,
+        max_waiting_questions: int = 32,
+        scratch_tokens: int = 2048,
+    ) -> None:
+        """Reserve the scratch; the thread starts with `start`."""
+        self._model = model
+        self._max_waiting = max_waiting_questions
+        self._scratch = Scratch(model.kv_shape, max_concurrent_questions, scratch_tokens)
+        self._meter = VramMeter(model.device)
+        self._memories: dict[str, StreamMemory] = {}
+        self._chunks: dict[str, deque[tuple[Chunk, Future[Encoded]]]] = {}
+        self._waiting: deque[_Question] = deque()
+        self._running: list[_Question] = []
+        self._fairness = FairShare()
+        self._counters = _Counters()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._infos: dict[str, CacheInfo] = {}  # replaced, never changed: other threads read it
+        self._weights_bytes = model.weights_bytes
+        self._progress = time.monotonic()
+        self._is_closing = threading.Event()
+        self._closing_lock = threading.Lock()  # nothing enters the inbox once the thread has drained it
+        self._is_closed = False
+        self._vram = self._read_vram()
+        self._vram_due = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.model = ModelInfo(
+            name=model.name,
+            model_type=model.config.model_type,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+            max_new_tokens=scratch_tokens // 2,
+            max_question_chars=_MAX_QUESTION_CHARS,
+            max_options=_MAX_OPTIONS,
+            notice=model.notice,
+        )
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self, timeout_s: float = 2.0) -> bool:
+        """End the thread after its present turn; open work fails with NOT_READY. False if it did not end in time."""
+        self._is_closing.set()
+        self._inbox.put(lambda: None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    @property
+    def is_ready(self) -> bool:
+        return self._thread.is_alive() and not self._is_closing.is_set()
+
+    @property
+    def progress_age_ms(self) -> float:
+        return (time.monotonic() - self._progress) * 1e3
+
+    # ------------------------------------------------------------------------ verbs, from any thread
+
+    def add_stream(self, options: StreamOptions) -> Future[None]:
+        return self._call(lambda: self._add_stream(options))
+
+    def remove_stream(self, stream: str) -> Future[None]:
+        return self._call(lambda: self._remove_stream(stream))
+
+    def encode(self, stream: str, chunk: Chunk) -> Future[Encoded]:
+        future: Future[Encoded] = Future()
+        self._enter(lambda: self._queue_chunk(stream, chunk, future), future)
+        return future
+
+    def ask(
+        self,
+        request: Ask,
+        *,
+        arrived: float,
+        deadline: float | None = None,
+        on_delta: Callable[[str], None] | None = None,
+    ) -> Future[Answer]:
+        return self._ask(_Question(request, Future(), arrived, deadline, on_delta))
+
+    def ask_choice(self, request: AskChoice, *, arrived: float, deadline: float | None = None) -> Future[Choice]:
+        return self._ask(_Question(request, Future(), arrived, deadline))
+
+    def reset(self, stream: str) -> Future[CacheInfo]:
+        return self._call(lambda: self._reset(stream))
+
+    def mark(self, stream: str, name: str) -> Future[Mark]:
+        return self._call(lambda: _wire_mark(name, self._memory(stream).mark(name)))
+
+    def rollback(self, stream: str, name: str) -> Future[CacheInfo]:
+        return self._call(lambda: self._rollback(stream, name))
+
+    def delete_mark(self, stream: str, name: str) -> Future[Marks]:
+        return self._call(lambda: self._delete_mark(stream, name))
+
+    def marks(self, stream: str) -> Future[Marks]:
+        return self._call(lambda: self._marks(stream))
+
+    def cache_info(self, stream: str) -> CacheInfo:
+        info = self._infos.get(stream)
+        if info is None:
+            raise _unknown_stream(stream, self.streams())
+        return info
+
+    def streams(self) -> list[str]:
+        return list(self._infos)
+
+    def vram(self) -> Vram:
+        return self._vram
+
+    def question_counters(self) -> QuestionCounters:
+        counters = self._counters
+        return QuestionCounters(
+            received=counters.received,
+            answered=counters.answered,
+            failed=dict(counters.failed),
+            waiting=len(self._waiting),
+            running=len(self._running),
+            traces=counters.traces,
+            mean_first_token_ms=_mean(counters.first_token_ms),
+            mean_total_ms=_mean(counters.total_ms),
+        )
+
+    def _call(self, verb: Callable[[], T]) -> Future[T]:
+        """Run a verb on the engine thread."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                result = verb()
+            except Exception as error:
+                _fail(future, error)
+            else:
+                _succeed(future, result)
+
+        self._enter(run, future)
+        return future
+
+    def _ask(self, question: _Question) -> Future[Any]:
+        self._enter(lambda: self._admit(question), question.future)
+        return question.future
+
+    def _enter(self, command: Callable[[], None], future: Future[Any]) -> None:
+        with self._closing_lock:
+            if not self._is_closed:
+                self._inbox.put(command)
+                return
+        _fail(future, NodeError(ErrorCode.NOT_READY, "the node is stopping"))
+
+    # ----------------------------------------------------------------------------- the engine thread
+
+    def _run(self) -> None:
+        while not self._is_closing.is_set():
+            self._progress = time.monotonic()
+            self._measure()
+            if not self._turn():
+                self._wait()
+        self._end_all()
+
+    def _turn(self) -> bool:
+        """Take in what has come, then do one thing. False if there was nothing to do."""
+        while not self._inbox.empty():
+            self._inbox.get()()
+        self._drop_ended()
+        side = self._fairness.choose(
+            can_encode=any(self._chunks.values()), can_decode=bool(self._running) or self._can_begin
+        )
+        if side is None:
+            return False
+        began = time.monotonic()
+        if side == "encode":
+            self._encode_next()
+        elif self._can_begin:
+            self._begin(self._waiting.popleft())
+        else:
+            self._decode_step()
+        self._fairness.spent(side, time.monotonic() - began)
+        return True
+
+    def _wait(self) -> None:
+        try:
+            self._inbox.get(timeout=_IDLE_S)()
+        except queue.Empty:
+            return
+
+    def _end_all(self) -> None:
+        with self._closing_lock:
+            self._is_closed = True
+        while not self._inbox.empty():
+            self._inbox.get()()
+        stopping = NodeError(ErrorCode.NOT_READY, "the node is stopping")
+        for question in [*self._waiting, *self._running]:
+            self._finish(question, stopping)
+        self._waiting.clear()
+        self._running.clear()
+        for stream in self._chunks:
+            self._refuse_queued(stream, "removed", "the node is stopping")
+
+    # ------------------------------------------------------------------------------------- streams
+
+    def _add_stream(self, options: StreamOptions) -> None:
+        if options.name in self._memories:
+            raise NodeError(ErrorCode.STREAM_EXISTS, f"there is a stream {options.name!r} already")
+        try:
+            memory = StreamMemory(self._model, options)
+        except ValueError as error:
+            raise NodeError(ErrorCode.BAD_REQUEST, str(error)) from error
+        except MemoryError as error:
+            raise NodeError(ErrorCode.OUT_OF_MEMORY, str(error)) from error
+        self._memories[options.name] = memory
+        self._chunks[options.name] = deque()
+        self._note(options.name)
+
+    def _remove_stream(self, stream: str) -> None:
+        memory = self._memory(stream)
+        self._cancel_reading(memory, 0, "the stream was removed")
+        self._refuse_queued(stream, "removed", "the stream was removed")
+        del self._memories[stream], self._chunks[stream]
+        self._infos = {name: info for name, info in self._infos.items() if name != stream}
+
+    def _reset(self, stream: str) -> CacheInfo:
+        memory = self._memory(stream)
+        self._cancel_reading(memory, 0, "the memory was reset")
+        self._refuse_queued(stream, "reset", "the memory was reset")
+        memory.reset()
+        return self._note(stream)
+
+    def _rollback(self, stream: str, name: str) -> CacheInfo:
+        memory = self._memory(stream)
+        mark = _mark_of(memory, stream, name)
+        self._cancel_reading(memory, mark.num_tokens, f"the memory was rolled back to {name!r}")
+        self._refuse_queued(stream, "reset", f"the memory was rolled back to {name!r}")
+        memory.rollback(name)
+        return self._note(stream)
+
+    def _delete_mark(self, stream: str, name: str) -> Marks:
+        memory = self._memory(stream)
+        _mark_of(memory, stream, name)
+        memory.ledger.delete_mark(name)
+        return self._marks(stream)
+
+    def _marks(self, stream: str) -> Marks:
+        marks = self._memory(stream).ledger.marks
+        return Marks(marks=[_wire_mark(name, snapshot) for name, snapshot in marks.items()])
+
+    def _memory(self, stream: str) -> StreamMemory:
+        memory = self._memories.get(stream)
+        if memory is None:
+            raise _unknown_stream(stream, list(self._memories))
+        return memory
+
+    def _note(self, stream: str) -> CacheInfo:
+        """Show other threads the stream's memory as it is now."""
+        info = self._memories[stream].info()
+        self._infos = {**self._infos, stream: info}
+        return info
+
+    # -------------------------------------------------------------------------------------- chunks
+
+    def _queue_chunk(self, stream: str, chunk: Chunk, future: Future[Encoded]) -> None:
+        if stream in self._chunks:
+            self._chunks[stream].append((chunk, future))
+        else:
+            _fail(future, ChunkRefused("removed", f"there is no stream {stream!r}"))
+
+    def _encode_next(self) -> None:
+        """Encode the next chunk; streams take turns."""
+        stream = next(name for name, chunks in self._chunks.items() if chunks)
+        chunk, future = self._chunks[stream].popleft()
+        self._chunks[stream] = self._chunks.pop(stream)  # to the end of the line
+        if future.cancelled():
+            return
+        try:
+            encoded = self._memories[stream].append(chunk)
+        except ChunkRefused as error:
+            self._note(stream)
+            _fail(future, error)
+        except Exception as error:
+            logger.exception("a chunk of %s could not be encoded", stream)
+            refused = ChunkRefused("encode_error", f"{type(error).__name__}: {error}")
+            refused.__cause__ = error
+            _fail(future, refused)
+        else:
+            self._note(stream)
+            _succeed(future, encoded)
+
+    def _refuse_queued(self, stream: str, reason: str, message: str) -> None:
+        chunks = self._chunks[stream]
+        while chunks:
+            _fail(chunks.popleft()[1], ChunkRefused(reason, message))
+
+    # ----------------------------------------------------------------------------------- questions
+
+    @property
+    def _can_begin(self) -> bool:
+        return bool(self._waiting) and self._scratch.num_free > 0
+
+    def _admit(self, question: _Question) -> None:
+        """Take a question in, or refuse it at once."""
+        self._counters.received += 1
+        try:
+            if len(self._waiting) >= self._max_waiting:
+                raise NodeError(ErrorCode.BUSY, f"{self._max_waiting} questions wait already", retry_after_ms=500)
+            memory = self._memory(question.request.stream)
+            _snapshot(memory, question.request)
+        except NodeError as error:
+            self._finish(question, error)
+        else:
+            self._waiting.append(question)
+
+    def _begin(self, question: _Question) -> None:
+        """Give a question its branch and prefill it; a choice is answered on the spot."""
+        try:
+            memory = self._memory(question.request.stream)
+            snapshot = _snapshot(memory, question.request)
+            question.branch = Branch(self._model, memory, snapshot, self._scratch)
+            if isinstance(question.request, AskChoice):
+                choice = choose(self._model, question.branch, question.request, arrived=question.arrived)
+                self._finish(question, choice)
+                return
+            question.answer = GrowingAnswer(
+                self._model,
+                question.branch,
+                question.request,
+                arrived=question.arrived,
+                on_delta=question.on_delta,
+            )
+            question.answer.start()
+        except Exception as error:
+            self._finish(question, error)
+            return
+        self._running.append(question)
+        self._finish_answered()
+
+    def _decode_step(self) -> None:
+        """One token for every running answer. If the step itself fails, it fails for all of them."""
+        questions = list(self._running)
+        try:
+            logits = decode(self._model, [_growing(question) for question in questions])
+        except Exception as error:
+            for question in questions:
+                self._end(question, error)
+            return
+        for question, row in zip(questions, logits, strict=True):
+            try:
+                _growing(question).accept(row)
+            except Exception as error:
+                self._end(question, error)
+        self._finish_answered()
+
+    def _finish_answered(self) -> None:
+        for question in [q for q in self._running if _growing(q).finish is not None]:
+            self._end(question, _growing(question).result())
+
+    def _drop_ended(self) -> None:
+        """End questions whose caller has gone or whose time is up, running or waiting."""
+        for questions in (self._running, self._waiting):
+            for question in [q for q in questions if q.future.cancelled() or q.is_expired]:
+                questions.remove(question)
+                self._finish(question, NodeError(ErrorCode.DEADLINE_EXCEEDED, "the deadline passed"))
+
+    def _cancel_reading(self, memory: StreamMemory, num_tokens: int, why: str) -> None:
+        """End the questions that read a memory beyond a length which is about to be cut."""
+        for question in [q for q in self._running if q.branch is not None and q.branch.memory is memory]:
+            assert question.branch is not None
+            if question.branch.snapshot.num_tokens > num_tokens:
+                self._end(question, NodeError(ErrorCode.CANCELLED, why))
+
+    def _end(self, question: _Question, outcome: Answer | Choice | Exception) -> None:
+        """Finish a running question."""
+        self._running.remove(question)
+        self._finish(question, outcome)
+
+    def _finish(self, question: _Question, outcome: Answer | Choice | Exception) -> None:
+        """Drop the branch and hand the outcome over. The memory needs no restoring: see `branch`."""
+        if question.branch is not None:
+            question.branch.close()
+            question.branch = None
+        if isinstance(outcome, Exception):
+            error = _node_error(outcome)
+            code = ErrorCode.CANCELLED if question.future.cancelled() else error.code
+            self._counters.fail(str(code))
+            _fail(question.future, error)
+            return
+        if not outcome.memory.unchanged:
+            logger.error("an answer about %s left a trace in the memory", question.request.stream)
+        self._counters.count(outcome)
+        _succeed(question.future, outcome)
+
+    # ----------------------------------------------------------------------------------- telemetry
+
+    def _measure(self) -> None:
+        now = time.monotonic()
+        if now >= self._vram_due:
+            self._vram, self._vram_due = self._read_vram(), now + _VRAM_PERIOD_S
+
+    def _read_vram(self) -> Vram:
+        kv_bytes = sum(info.resident_bytes for info in self._infos.values()) + self._scratch.resident_bytes
+        return self._meter.read(weights_bytes=self._weights_bytes, kv_bytes=kv_bytes)
+
+
+def load_engine(
+    model: str = "builtin",
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    max_concurrent_questions: int = 8,
+    max_waiting_questions: int = 32,
+    scratch_tokens: int = 2048,
+) -> Engine:
+    """Load a model and start an engine on it. Raises what `load_model` raises."""
+    engine = Engine(
+        load_model(model, dtype=dtype, device=device),
+        max_concurrent_questions=max_concurrent_questions,
+        max_waiting_questions=max_waiting_questions,
+        scratch_tokens=scratch_tokens,
+    )
+    engine.start()
+    return engine
+
+
+def _growing(question: _Question) -> GrowingAnswer:
+    """The answer of a running question."""
+    assert question.answer is not None
+    return question.answer
+
+
+def _snapshot(memory: StreamMemory, request: Ask | AskChoice) -> Snapshot:
+    """The point of the memory that a question is about. Raises NodeError UNKNOWN_MARK or NO_FRAMES."""
+    stream, as_of = request.stream, request.as_of
+    snapshot = memory.now if as_of is UNSET else _mark_of(memory, stream, as_of)
+    if snapshot.num_frames == 0:
+        raise NodeError(ErrorCode.NO_FRAMES, f"nothing of {stream!r} is in the memory yet", retry_after_ms=500)
+    return snapshot
+
+
+def _mark_of(memory: StreamMemory, stream: str, name: str) -> Snapshot:
+    marks = memory.ledger.marks
+    if name not in marks:
+        raise NodeError(ErrorCode.UNKNOWN_MARK, f"{stream!r} has no mark {name!r}", details={"marks": sorted(marks)})
+    return marks[name]
+
+
+def _wire_mark(name: str, snapshot: Snapshot) -> Mark:
+    return Mark(
+        name=name,
+        num_tokens=snapshot.num_tokens,
+        num_frames=snapshot.num_frames,
+        until_ns=UNSET if snapshot.newest_ns is None else snapshot.newest_ns,
+    )
+
+
+def _unknown_stream(stream: str, known: list[str]) -> NodeError:
+    return NodeError(ErrorCode.UNKNOWN_STREAM, f"there is no stream {stream!r}", details={"streams": known})
+
+
+def _node_error(error: Exception) -> NodeError:
+    """What a caller is told of an exception; the traceback stays in the log."""
+    if isinstance(error, NodeError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        return NodeError(ErrorCode.OUT_OF_MEMORY, "not enough device memory for this question")
+    logger.error("a question failed", exc_info=error)
+    return NodeError(ErrorCode.INTERNAL, f"{type(error).__name__} while answering")
+
+
+def _succeed(future: Future[T], result: T) -> None:
+    """Hand over a result, unless the caller has cancelled."""
+    if future.set_running_or_notify_cancel():
+        future.set_result(result)
+
+
+def _fail(future: Future[Any], error: Exception) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)
+
+
+def _mean(values: deque[float]) -> Any:
+    recent = list(values)
+    return sum(recent) / len(recent) if recent else UNSET

@@ -1,0 +1,239 @@
+"""A vision-language model of transformers, reduced to what a memory needs of it."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from .adapter import Family, family_of
+from .arena import KVShape
+from .attention import IMPLEMENTATION, MemoryPass
+from .layout import Format, Span
+from .preprocess import PatchGeometry, to_patches
+
+BUILTIN = Path(__file__).parent / "builtin"
+NOTICE_FILE = "notice.txt"
+
+
+class Vision(NamedTuple):
+    """What the vision tower makes of a chunk."""
+
+    embeds: Tensor  # (num_tokens, hidden)
+    deepstack: list[Tensor] | None  # one (num_tokens, hidden) for each of the first language layers
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Milliseconds that the stages of one chunk took."""
+
+    preprocess_ms: float
+    vision_ms: float
+    prefill_ms: float
+
+
+class VisionLanguageModel:
+    """The model, its tokenizer, and calls that take explicit positions and an explicit pass.
+
+    Positions are never derived by transformers, nor does it keep any cache: a `MemoryPass` decides what each
+    call sees and writes. Not thread-safe: one thread may use it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str, processor: dict[str, Any], notice: str | None):
+        self._model = model.eval()
+        self._core = model.model
+        self.config = model.config
+        self.family: Family = family_of(self.config)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.notice = notice
+        self.geometry = _geometry(self.config.vision_config, self.family, processor)
+        self.kv_shape = self._kv_shape()
+        model.set_attn_implementation({"text_config": IMPLEMENTATION, "vision_config": "sdpa"})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the embeddings."""
+        return self._core.get_input_embeddings().weight.device
+
+    @property
+    def generation_config(self) -> Any:
+        return self._model.generation_config
+
+    @property
+    def max_positions(self) -> int:
+        """The context length that the checkpoint states."""
+        return self.config.text_config.max_position_embeddings
+
+    @property
+    def weights_bytes(self) -> int:
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
+
+    @property
+    def format(self) -> Format:
+        """How prompts of this model look: see `layout`."""
+        vision = self.config.vision_config
+        return Format(
+            style=self.family.style,
+            tokens_per_second=vision.tokens_per_second if self.family.clocked else None,
+            system=self.family.system,
+            video_pad=self.config.video_token_id,
+            image_pad=self.config.image_token_id,
+            tokenize=lambda text: self.tokenizer.encode(text, add_special_tokens=False),
+            tokenize_plain=lambda text: self.tokenizer.encode(
+                text, add_special_tokens=False, split_special_tokens=True
+            ),
+        )
+
+    @torch.inference_mode()
+    def see(self, patches: Tensor, grid: tuple[int, int, int]) -> Vision:
+        """Run the vision tower over patches of one chunk; grid is (temporal, height, width) in patches."""
+        grid_thw = torch.tensor([grid], device=patches.device)
+        out = self._core.visual(patches.to(self._core.visual.dtype), grid_thw=grid_thw, return_dict=True)
+        deepstack = getattr(out, "deepstack_features", None)
+        return Vision(out.pooler_output, list(deepstack) if deepstack else None)
+
+    @torch.inference_mode()
+    def read(self, span: Span, memory: MemoryPass, vision: Vision | None = None) -> Tensor:
+        """Run the language model over one span; returns its hidden states (n, hidden)."""
+        ids = torch.from_numpy(span.ids).to(self.device)
+        embeds = self._core.get_input_embeddings()(ids)[None]
+        extra: dict[str, Any] = {}
+        if vision is not None:
+            visual = torch.from_numpy(span.visual).to(self.device)
+            embeds = embeds.masked_scatter(visual[None, :, None], vision.embeds.to(embeds))
+            if vision.deepstack is not None:
+                extra = {"visual_pos_masks": visual[None], "deepstack_visual_embeds": vision.deepstack}
+        positions = torch.from_numpy(span.positions).to(self.device)[:, None]
+        return self._run(embeds, positions, memory, **extra)[0]
+
+    @torch.inference_mode()
+    def read_batch(self, ids: np.ndarray, positions: np.ndarray, memory: MemoryPass) -> Tensor:
+        """Run the language model over rows of text: ids and positions (batch, n).
+
+        Text has one position on all three axes. Returns hidden states (batch, n, hidden).
+        """
+        embeds = self._core.get_input_embeddings()(torch.from_numpy(ids).to(self.device))
+        axes = torch.from_numpy(positions).to(self.device).expand(3, -1, -1)
+        return self._run(embeds, axes, memory)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits (..., vocabulary), float32."""
+        return self._model.lm_head(hidden).float()
+
+    def _run(self, embeds: Tensor, positions: Tensor, memory: MemoryPass, **extra: Any) -> Tensor:
+        out = self._core.language_model(
+            inputs_embeds=embeds, position_ids=positions, use_cache=False, memory=memory, **extra
+        )
+        return out.last_hidden_state
+
+    @torch.inference_mode()
+    def encode(self, frames: Sequence[np.ndarray], size: tuple[int, int], span: Span, memory: MemoryPass) -> StageTimes:
+        """Pixels to memory: preprocess, vision tower, prefill. frames (height, width, 3), uint8."""
+        watch = _Stopwatch(self.device)
+        pixels = torch.from_numpy(np.stack(frames)).to(self.device, non_blocking=True)
+        patches = to_patches(pixels, size, self.geometry)
+        watch.lap()
+        width, height = size
+        temporal = -(-len(frames) // self.geometry.temporal_patch)
+        grid = (temporal, height // self.geometry.patch, width // self.geometry.patch)
+        vision = self.see(patches, grid)
+        watch.lap()
+        self.read(span, memory, vision)
+        watch.lap()
+        return StageTimes(*watch.laps_ms())
+
+    def _kv_shape(self) -> KVShape:
+        text = self.config.text_config
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        layers = self._core.language_model.layers
+        devices = tuple(layer.self_attn.k_proj.weight.device for layer in layers)
+        return KVShape(text.num_key_value_heads, head_dim, self.dtype, devices)
+
+
+class _Stopwatch:
+    """Laps on the device's own clock: CUDA events, or the host's clock on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._marks = [self._mark()]
+
+    def lap(self) -> None:
+        self._marks.append(self._mark())
+
+    def laps_ms(self) -> list[float]:
+        """Milliseconds of each lap; waits for the device."""
+        if self._on_cuda:
+            self._marks[-1].synchronize()
+            return [a.elapsed_time(b) for a, b in zip(self._marks, self._marks[1:], strict=False)]
+        return [(b - a) * 1e3 for a, b in zip(self._marks, self._marks[1:], strict=False)]
+
+    def _mark(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> VisionLanguageModel:
+    """Load a checkpoint: "builtin", a local folder, or a hub id.
+
+    device is "auto" (CUDA if there is one), "cpu", "cuda", "cuda:N", or "balanced", which lets accelerate
+    spread the layers over all GPUs. Raises UnsupportedModelError before any weight is read, OSError when there
+    is no such checkpoint.
+    """
+    path = str(BUILTIN) if name == "builtin" else name
+    config = transformers.AutoConfig.from_pretrained(path)
+    family_of(config)
+    device = _resolve(device)
+    placement = device if device == "balanced" else {"": device}
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device_map=placement
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    return VisionLanguageModel(model, tokenizer, name=name, processor=_processor_config(path), notice=_notice(path))
+
+
+def _resolve(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _processor_config(path: str) -> dict[str, Any]:
+    """The checkpoint's preprocessor_config.json, {} if it has none."""
+    file = transformers.utils.cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(file).read_text()) if file else {}
+
+
+def _notice(path: str) -> str | None:
+    """What a checkpoint folder wants said with every answer."""
+    file = Path(path) / NOTICE_FILE
+    return file.read_text().strip() if file.is_file() else None
+
+
+def _geometry(vision: Any, family: Family, processor: dict[str, Any]) -> PatchGeometry:
+    size = processor.get("size") or {}
+    return PatchGeometry(
+        patch=vision.patch_size,
+        merge=vision.spatial_merge_size,
+        temporal_patch=vision.temporal_patch_size,
+        mean=tuple(processor.get("image_mean", family.image_mean)),
+        std=tuple(processor.get("image_std", family.image_std)),
+        min_pixels=processor.get("min_pixels") or size.get("shortest_edge") or 56 * 56,
+        max_pixels=processor.get("max_pixels") or size.get("longest_edge") or family.max_pixels,
+    )
