@@ -1,0 +1,373 @@
+"""One stream's way from messages to chunks, on which every frame is accounted for."""
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+from msgspec import UNSET, UnsetType
+
+from ..protocol.codec import ReceivedFrame
+from ..protocol.messages import CacheInfo, FrameCounters, StageTimings, StreamStats
+from .chunk import Chunk, ChunkRefused, Encoded, Picture
+from .chunker import FrameChunker
+from .clock import StreamClock, nominal_interval_ns
+from .options import StreamOptions
+from .picture_decoder import PictureError
+from .rate import Rate
+from .ring import FrameRing
+from .sampler import FrameSampler
+from .session_gate import SessionGate
+
+OFFLINE_AFTER_S = 5.0
+NUM_RECENT_CHUNKS = 32
+
+T = TypeVar("T")
+State = Literal["waiting", "online", "offline", "paused", "full", "ended"]
+
+logger = logging.getLogger(__name__)
+
+
+class TimedFrame(NamedTuple):
+    """A frame that passed the sampler, and its time on the stream's clock."""
+
+    frame: ReceivedFrame
+    stream_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Frames to be decoded, oldest first. After them the session may end; `epoch` tells what a reset made void."""
+
+    frames: tuple[TimedFrame, ...]
+    ends_session: bool
+    epoch: int
+
+
+class Decoded(NamedTuple):
+    """What became of a frame of a batch."""
+
+    pixels: np.ndarray | PictureError
+    decode_ms: float
+
+
+class StreamIntake:
+    """Ring, clock, sampler, chunker and counters of one stream. Safe from any thread.
+
+    The frames' path: `receive` (the socket's thread) puts them in the ring; `take`, `give_back`, `submit` and
+    `settle` (the feeder's thread) carry them on to the engine. At every moment received = dropped + encoded +
+    pending. The reasons of `dropped`, in the order of the path:
+
+    - `second_publisher`, `after_eos`, `duplicate`, `out_of_order`, `paused`, `ring_full`
+    - `time_backwards`, `sampled` (the sampler did not keep it)
+    - `decode_error`, `too_large`, `bad_size`, `unsupported_encoding`
+    - `memory_full`, `out_of_memory`, `encode_error`, `removed`, and `reset`
+    """
+
+    def __init__(
+        self,
+        options: StreamOptions,
+        *,
+        takeover_s: float = 2.0,
+        max_in_flight: int = 2,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.options = options
+        self._max_in_flight = max_in_flight
+        self._now = now
+        self._lock = threading.Lock()
+
+        self._gate = SessionGate(takeover_s)
+        self._ring: FrameRing[ReceivedFrame] = FrameRing(options.ring_frames)
+        self._clock = StreamClock()
+        self._sampler = FrameSampler(options.fps, options.stride)
+        self._chunker = FrameChunker(options.chunk_frames)
+        self._ready: deque[Chunk] = deque()
+        self._epoch = 0
+        self._is_paused = False
+        self._is_full = False  # whether the last chunk was refused for want of room
+        self._ends_in_ring = 0
+        self._end_is_due = False  # the ring let go of an end of stream, everything before it is through
+
+        self._num_received = 0
+        self._num_kept = 0
+        self._num_encoded = 0
+        self._num_padded = 0
+        self._num_decoding = 0
+        self._num_in_flight = 0
+        self._chunks_in_flight = 0
+        self._dropped: Counter[str] = Counter()
+
+        self._offline_after_s = OFFLINE_AFTER_S
+        self._received_rate = Rate()
+        self._encoded_rate = Rate()
+        self._received_size: tuple[int, int] | UnsetType = UNSET
+        self._encoded_size: tuple[int, int] | UnsetType = UNSET
+        self._lag_ms: float | UnsetType = UNSET
+        self._recent: deque[tuple[float, Encoded]] = deque(maxlen=NUM_RECENT_CHUNKS)
+
+    @property
+    def name(self) -> str:
+        return self.options.name
+
+    # The path
+
+    def receive(self, frame: ReceivedFrame) -> None:
+        """Put a frame in the ring, or drop it and count why. Never blocks on anything slow."""
+        with self._lock:
+            is_frame = not frame.header.eos  # an end of stream is a message, but no frame
+            self._num_received += is_frame
+            admission = self._gate.admit(frame, self._now())
+            if admission != "next":
+                self._drop(admission, num=is_frame)
+            elif is_frame:
+                self._receive_frame(frame)
+            else:
+                self._ends_in_ring += 1
+                self._push(frame)
+
+    def _receive_frame(self, frame: ReceivedFrame) -> None:
+        self._received_rate.add(self._now())
+        interval_s = (nominal_interval_ns(frame.header) or 0) / 1e9
+        self._offline_after_s = max(OFFLINE_AFTER_S, 3 * interval_s)
+        if self._is_paused:
+            self._drop("paused")
+        else:
+            self._push(frame)
+
+    def _push(self, frame: ReceivedFrame) -> None:
+        oldest = self._ring.push(frame)
+        if oldest is None:
+            return
+        if oldest.header.eos:
+            self._ends_in_ring -= 1
+            self._end_is_due = True
+        else:
+            self._drop("ring_full")
+
+    def take(self, max_frames: int, is_full: Callable[[], bool]) -> Batch | None:
+        """Take what should be decoded next, at most `max_frames` and never beyond a chunk; None if nothing.
+
+        Nothing is taken while the engine has as many chunks as it may, so that the ring fills and drops. While the
+        memory has no room (`is_full`, asked only after it refused a chunk), frames are dropped undecoded.
+        """
+        with self._lock:
+            if self._ready or self._chunks_in_flight >= self._max_in_flight:
+                return None
+            if self._end_is_due:
+                self._end_is_due = False
+                return Batch((), ends_session=True, epoch=self._epoch)
+            return self._take(min(max_frames, self.options.chunk_frames - len(self._chunker)), is_full)
+
+    def _take(self, num_wanted: int, is_full: Callable[[], bool]) -> Batch | None:
+        frames: list[TimedFrame] = []
+        ends_session = False
+        has_no_room = self._is_full and is_full()
+        while len(frames) < num_wanted and not ends_session:
+            frame = self._ring.pop()
+            if frame is None:
+                break
+            ends_session = frame.header.eos
+            if ends_session:
+                self._ends_in_ring -= 1
+            elif (stream_ns := self._sample(frame)) is not None:
+                if has_no_room:
+                    self._drop("memory_full")
+                else:
+                    frames.append(TimedFrame(frame, stream_ns))
+        self._num_decoding = len(frames)
+        return Batch(tuple(frames), ends_session, self._epoch) if frames or ends_session else None
+
+    def _sample(self, frame: ReceivedFrame) -> int | None:
+        """The frame's time on the stream's clock, or None if it was dropped."""
+        stream_ns = self._clock.advance(frame.header)
+        if stream_ns is None:
+            self._drop("time_backwards")
+            return None
+        if not self._sampler.keep(stream_ns):
+            self._drop("sampled")
+            return None
+        self._num_kept += 1
+        return stream_ns
+
+    def give_back(self, batch: Batch, decoded: Sequence[Decoded]) -> None:
+        """Put the pictures of a batch into chunks; `decoded` has an entry for each of its frames."""
+        with self._lock:
+            if batch.epoch != self._epoch:
+                return  # the reset has counted its frames
+            self._num_decoding = 0
+            for timed, result in zip(batch.frames, decoded, strict=True):
+                self._add(timed, result)
+            if batch.ends_session:
+                self._ready += self._chunker.flush()
+
+    def _add(self, timed: TimedFrame, decoded: Decoded) -> None:
+        if isinstance(decoded.pixels, PictureError):
+            self._drop(decoded.pixels.reason)
+            return
+        header = timed.frame.header
+        picture = Picture(decoded.pixels, timed.frame.seq, header.ts, header.ts_kind, timed.stream_ns)
+        self._received_size = picture.size
+        self._ready += self._chunker.add(picture, decoded.decode_ms)
+
+    def submit(self, encode: Callable[[Chunk], Future[Encoded]]) -> list[tuple[Chunk, Future[Encoded]]]:
+        """Hand complete chunks to `encode`, as many as may be in flight; each must come back to `settle`.
+
+        `encode` is called under the stream's lock: what it hands over before a reset, it hands over before the
+        engine hears of the reset.
+        """
+        submitted = []
+        with self._lock:
+            while self._ready and self._chunks_in_flight < self._max_in_flight:
+                chunk = self._ready.popleft()
+                self._chunks_in_flight += 1
+                self._num_in_flight += chunk.num_frames
+                submitted.append((chunk, encode(chunk)))
+        return submitted
+
+    def settle(self, chunk: Chunk, future: Future[Encoded], done_ns: int) -> None:
+        """Count the frames of a chunk whose future was done at `done_ns`, in `time.time_ns()` nanoseconds."""
+        reason = _refusal(self.name, future)
+        with self._lock:
+            self._chunks_in_flight -= 1
+            self._num_in_flight -= chunk.num_frames
+            self._is_full = reason == "memory_full"
+            if reason is not None:
+                self._drop(reason, num=chunk.num_frames)
+            else:
+                self._count_encoded(chunk, future.result(), done_ns)
+
+    def _count_encoded(self, chunk: Chunk, encoded: Encoded, done_ns: int) -> None:
+        self._num_encoded += chunk.num_frames
+        self._num_padded += chunk.num_padded
+        self._encoded_rate.add(self._now(), chunk.num_frames)
+        self._encoded_size = encoded.encoded_size
+        self._recent.append((chunk.decode_ms, encoded))
+        newest = chunk.pictures[-1]
+        self._lag_ms = (done_ns - newest.ts) / 1e6 if newest.ts_kind == "capture" else UNSET
+
+    def _drop(self, reason: str, num: int = 1) -> None:
+        if num:
+            self._dropped[reason] += num
+
+    # Control
+
+    def pause(self) -> None:
+        """Drop what comes from now on; what was received before still goes its way."""
+        with self._lock:
+            self._is_paused = True
+
+    def resume(self) -> None:
+        with self._lock:
+            self._is_paused = False
+
+    def reset(self, reset_engine: Callable[[], Future[CacheInfo]]) -> Future[CacheInfo]:
+        """Drop what waits and start the stream's clock anew, together with the engine's memory.
+
+        `reset_engine` is called under the stream's lock, so that every frame falls before or after the reset on both
+        sides alike.
+        """
+        with self._lock:
+            left = self._ring.clear()
+            self._end_is_due |= self._ends_in_ring > 0
+            num_waiting = len(left) - self._ends_in_ring + self._num_decoding + len(self._chunker.clear())
+            num_waiting += sum(chunk.num_frames for chunk in self._ready)
+            self._ready.clear()
+            self._ends_in_ring = self._num_decoding = 0
+            self._drop("reset", num=num_waiting)
+            self._epoch += 1
+            self._is_full = False
+            self._clock = StreamClock()
+            self._sampler = FrameSampler(self.options.fps, self.options.stride)
+            return reset_engine()
+
+    # Facts
+
+    def counters(self) -> FrameCounters:
+        with self._lock:
+            return self._counters()
+
+    def _counters(self) -> FrameCounters:
+        return FrameCounters(
+            received=self._num_received,
+            kept=self._num_kept,
+            encoded=self._num_encoded,
+            pending=self._pending(),
+            padded=self._num_padded,
+            dropped=dict(self._dropped),
+            gaps=self._gate.gaps,
+            last_seq=_or_unset(self._gate.last_seq),
+            last_session=_or_unset(self._gate.session),
+        )
+
+    def _pending(self) -> int:
+        num_ready = sum(chunk.num_frames for chunk in self._ready)
+        num_in_ring = len(self._ring) - self._ends_in_ring
+        return num_in_ring + self._num_decoding + len(self._chunker) + num_ready + self._num_in_flight
+
+    def stats(self, cache: CacheInfo) -> StreamStats:
+        """The stream's telemetry; `cache` is the engine's part of it."""
+        with self._lock:
+            now = self._now()
+            return StreamStats(
+                ts=time.time_ns(),
+                stream=self.name,
+                state=self._state(now, is_full=cache.full or self._is_full),
+                layout=self.options.layout,
+                chunk_frames=self.options.chunk_frames,
+                received_size=self._received_size,
+                encoded_size=self._encoded_size,
+                fps_received=_or_unset(self._received_rate.per_second(now)),
+                fps_encoded=_or_unset(self._encoded_rate.per_second(now)),
+                lag_ms=self._lag_ms,
+                cache=cache,
+                frames=self._counters(),
+                stages=self._stages(),
+            )
+
+    def _state(self, now: float, is_full: bool) -> State:
+        """`ended` means that everything up to the end of stream has become memory or was dropped."""
+        heard_at = self._gate.heard_at
+        is_through = not (self._ends_in_ring or self._end_is_due or self._pending())
+        if self._is_paused:
+            return "paused"
+        if heard_at is None:
+            return "waiting"
+        if self._gate.has_ended and is_through:
+            return "ended"
+        if is_full:
+            return "full"
+        return "offline" if now - heard_at > self._offline_after_s else "online"
+
+    def _stages(self) -> StageTimings:
+        if not self._recent:
+            return StageTimings()
+        return StageTimings(
+            decode_ms=fmean(decode_ms for decode_ms, _ in self._recent),
+            preprocess_ms=fmean(encoded.preprocess_ms for _, encoded in self._recent),
+            vision_ms=fmean(encoded.vision_ms for _, encoded in self._recent),
+            prefill_ms=fmean(encoded.prefill_ms for _, encoded in self._recent),
+        )
+
+
+def _or_unset(value: T | None) -> T | UnsetType:
+    return UNSET if value is None else value
+
+
+def _refusal(stream: str, future: Future[Encoded]) -> str | None:
+    """The drop reason of a chunk that did not become memory, or None for one that did."""
+    if future.cancelled():
+        return "removed"
+    error = future.exception()
+    if error is None:
+        return None
+    if isinstance(error, ChunkRefused):
+        return error.reason
+    logger.error("stream %s: a chunk could not be encoded", stream, exc_info=error)
+    return "encode_error"
