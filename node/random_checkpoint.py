@@ -38,7 +38,8 @@ SPECIAL_TOKENS = (
 
 # The split of the Qwen2 tokenizer: words, single digits, punctuation, line breaks.
 _SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 _CORPUS = (
@@ -50,6 +51,22 @@ _CORPUS = (
     "Has a person walked past the camera? Is the door open? Is there a car in the picture?",
     "Yes. No. Nothing yet. left right top bottom black orange purple <12.5 seconds>",
 )
+
+# One message after the other, as the Qwen-VL checkpoints have it; SYSTEM stands for the default system message.
+_CHAT_TEMPLATE = """\
+{%- if messages[0].role != 'system' %}SYSTEM{% endif %}
+{%- for message in messages %}<|im_start|>{{ message.role }}{{ '\\n' }}
+{%- if message.content is string %}{{ message.content }}
+{%- else %}
+{%- for part in message.content %}
+{%- if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>
+{%- else %}{{ part.text }}{% endif %}
+{%- endfor %}
+{%- endif %}<|im_end|>{{ '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}
+"""
 
 UNTRAINED = "The built-in model's weights are untrained: its words are noise. Memory, timing and proof are real."
 
@@ -92,7 +109,7 @@ def build_config(model_type: str, tokenizer: tokenizers.Tokenizer, *, hidden: in
         "head_dim": head_dim,
         "max_position_embeddings": 32768,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-        "initializer_range": 0.15,  # wide enough for logits that differ between contexts
+        "initializer_range": 0.1,  # wide enough for logits that differ between contexts
         "tie_word_embeddings": True,
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
@@ -147,6 +164,8 @@ def write_checkpoint(folder: Path, model_type: str, *, seed: int = 0, dtype: str
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(folder / "tokenizer_config.json", _tokenizer_config())
     family = FAMILIES[model_type]
+    system = f"<|im_start|>system{{{{ '\\n' }}}}{family.system}<|im_end|>{{{{ '\\n' }}}}" if family.system else ""
+    (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE.replace("SYSTEM", system))
     _write_json(
         folder / "preprocessor_config.json",
         {

@@ -1,0 +1,447 @@
+"""The exactness gate: what the memory promises, checked against transformers' own attention.
+
+    python -m onlooker.node.verify                  small random models of every family, made on the spot
+    python -m onlooker.node.verify --model PATH     the given checkpoint, in float32
+
+Four promises: chunk by chunk equals one pass over the whole prompt; a question, however it ends, leaves no
+trace, bit for bit; bytes are tokens x bytes per token and lie in the storage reserved for them; questions
+answered together are answered as they would be alone. Prints a table, exits 1 on a miss.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from ..protocol.messages import Ask
+from .adapter import FAMILIES
+from .answer import GrowingAnswer, decode
+from .attention import IMPLEMENTATION
+from .branch import Branch, Scratch
+from .chunk import CHUNK_FRAMES, Chunk, Picture
+from .layout import Span
+from .memory import StreamMemory
+from .model import Vision, VisionLanguageModel, load_model
+from .options import StreamOptions
+from .passes import Prefill
+from .preprocess import to_patches
+from .random_checkpoint import write_checkpoint
+
+_FRAME_NS = 500_000_000  # two frames a second: whole positions at every known tokens_per_second
+_NUM_FRAMES = 24  # a multiple of every chunk size
+_GRIDS = ((2, 3), (4, 3))  # merged tokens (rows, columns) of the two resolutions
+_QUESTION = "What did you see first, and what came after it?"
+_SLOT_TOKENS = 128
+
+# Float32 sums in another order; on CUDA the kernels differ more between query lengths.
+BOUNDS = {"cpu": 1e-5, "cuda": 1e-4}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One promise, measured."""
+
+    promise: str
+    model: str
+    case: str
+    value: float
+    bound: float  # 0: bit for bit
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.bound  # NaN never passes
+
+
+def verify(model: VisionLanguageModel) -> Iterator[Check]:
+    """All checks on one model, which should be float32."""
+    for grid in _GRIDS:
+        for layout in ("native", "turns"):
+            for chunk_frames in CHUNK_FRAMES:
+                yield from _one_pass(model, layout, chunk_frames, grid)
+    for layout in ("native", "turns"):
+        yield from _no_trace(model, layout)
+    yield from _bytes(model)
+    yield from _together(model)
+
+
+# ------------------------------------------------------------------------------------ one pass = chunks
+
+
+def _one_pass(model: VisionLanguageModel, layout: str, chunk_frames: int, grid: tuple[int, int]) -> Iterator[Check]:
+    case = f"{layout}, {chunk_frames} frames a chunk, {grid[0]}x{grid[1]} tokens"
+    frames = _frames(model, grid)
+    memory = _memory(model, layout, chunk_frames)
+    for chunk in _chunks(frames, chunk_frames):
+        memory.append(chunk)
+    question = memory.layout.question(memory.now.layout, _QUESTION)
+    hidden = model.read(question, Prefill([memory.extent(memory.now)]))
+    streamed = model.logits(hidden)
+
+    span = reference_prompt(model, layout, chunk_frames, grid)
+    one_pass, keys, values = reference_run(model, span, frames, chunk_frames, grid)
+    bound = BOUNDS[model.device.type]
+    if len(span) != memory.now.num_tokens + len(question):
+        yield Check("chunks = one pass, logits", model.name, case, math.inf, bound)
+        return
+    yield Check("chunks = one pass, logits", model.name, case, _distance(streamed, one_pass[-len(question) :]), bound)
+    num = memory.now.num_tokens
+    extent = memory.extent(memory.now)
+    gaps = [
+        _distance(mine, theirs[:num])
+        for layer in range(model.kv_shape.num_layers)
+        for mine, theirs in zip(extent.rows(layer), (keys[layer], values[layer]), strict=True)
+    ]
+    yield Check("chunks = one pass, K and V", model.name, case, max(gaps), bound)
+
+
+def reference_prompt(model: VisionLanguageModel, layout: str, chunk_frames: int, grid: tuple[int, int]) -> Span:
+    """The whole prompt at once: one string through the tokenizer, positions from scanning its ids.
+
+    Written apart from `layout`, which it is the measure of.
+    """
+    form, (height, width) = model.format, grid
+    patch = ("<|image_pad|>" if chunk_frames == 1 else "<|video_pad|>") * (height * width)
+    per_block = max(1, chunk_frames // 2)
+    num_patches = _NUM_FRAMES if chunk_frames == 1 else _NUM_FRAMES // 2
+    if form.style == "stamped":
+        step = 1 if chunk_frames == 1 else 2
+        middle = 0.0 if chunk_frames == 1 else 0.25
+        stamps = [k * step * _FRAME_NS / 1e9 + middle for k in range(num_patches)]
+        shown = [f"<{s:.1f} seconds><|vision_start|>{patch}<|vision_end|>" for s in stamps]
+    elif layout == "native" and chunk_frames > 1:
+        shown, per_block = ["<|vision_start|>" + patch * num_patches + "<|vision_end|>"], 1
+    else:
+        shown = ["<|vision_start|>" + patch * per_block + "<|vision_end|>"] * (num_patches // per_block)
+        per_block = 1
+    system = f"<|im_start|>system\n{form.system}<|im_end|>\n" if form.system else ""
+    blocks = ["".join(shown[i : i + per_block]) for i in range(0, len(shown), per_block)]
+    user, end = "<|im_start|>user\n", "<|im_end|>\n"
+    turns = "".join(user + block + end for block in blocks) + user
+    seen = turns if layout == "turns" else user + "".join(blocks)
+    ids = form.tokenize(f"{system}{seen}{_QUESTION}{end}<|im_start|>assistant\n")
+    return _positioned(np.array(ids), model, grid, _seconds_per_patch(chunk_frames))
+
+
+def _seconds_per_patch(chunk_frames: int) -> float:
+    return (1 if chunk_frames == 1 else 2) * _FRAME_NS / 1e9
+
+
+def _positioned(ids: np.ndarray, model: VisionLanguageModel, grid: tuple[int, int], seconds: float) -> Span:
+    """M-RoPE positions of a whole prompt, run by run of pad tokens; text goes on at the largest plus one."""
+    form, (height, width) = model.format, grid
+    visual = (ids == form.video_pad) | (ids == form.image_pad)
+    positions, at, next_position = np.zeros((3, len(ids)), dtype=np.int64), 0, 0
+    while at < len(ids):
+        if not visual[at]:
+            positions[:, at] = next_position
+            at, next_position = at + 1, next_position + 1
+            continue
+        stop = at + int(np.argmin(np.append(visual[at:], False)))
+        t, h, w = np.indices(((stop - at) // (height * width), height, width)).reshape(3, -1)
+        if form.tokens_per_second is not None:
+            t = np.floor(t * form.tokens_per_second * seconds).astype(np.int64)
+        positions[:, at:stop] = next_position + np.stack([t, h, w])
+        at, next_position = stop, int(positions[:, at:stop].max()) + 1
+    return Span(ids, positions, visual, next_position)
+
+
+def reference_run(
+    model: VisionLanguageModel, span: Span, frames: np.ndarray, chunk_frames: int, grid: tuple[int, int]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """One forward pass with transformers' eager attention and its own cache.
+
+    frames (num, height, width, 3). Returns logits (n, vocabulary), and K and V by layer, (n, kv_heads, head_dim).
+    """
+    network = model._model
+    network.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+    try:
+        with torch.inference_mode():
+            return _eager(model, span, _seen_at_once(model, frames, chunk_frames, grid))
+    finally:
+        network.set_attn_implementation({"text_config": IMPLEMENTATION, "vision_config": "sdpa"})
+
+
+def _eager(model: VisionLanguageModel, span: Span, vision: Vision) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    core = model._model.model
+    visual = torch.from_numpy(span.visual).to(model.device)[None]
+    embeds = core.get_input_embeddings()(torch.from_numpy(span.ids).to(model.device))[None]
+    embeds = embeds.masked_scatter(visual[..., None], vision.embeds.to(embeds))
+    extra: dict[str, Any] = {}
+    if vision.deepstack is not None:
+        extra = {"visual_pos_masks": visual, "deepstack_visual_embeds": vision.deepstack}
+    out = core.language_model(
+        inputs_embeds=embeds,
+        position_ids=torch.from_numpy(span.positions).to(model.device)[:, None],
+        use_cache=True,
+        **extra,
+    )
+    layers = out.past_key_values.layers
+    logits = model.logits(out.last_hidden_state[0])
+    return logits, [x.keys[0].transpose(0, 1) for x in layers], [x.values[0].transpose(0, 1) for x in layers]
+
+
+def _seen_at_once(model: VisionLanguageModel, frames: np.ndarray, chunk_frames: int, grid: tuple[int, int]) -> Vision:
+    """The vision tower over the whole video in one call (image mode: over each frame, as an image)."""
+    geometry = model.geometry
+    size = (grid[1] * geometry.factor, grid[0] * geometry.factor)
+    pixels = torch.from_numpy(frames).to(model.device)
+    if chunk_frames == 1:
+        pixels = pixels.repeat_interleave(geometry.temporal_patch, dim=0)
+    patches = to_patches(pixels, size, geometry)
+    temporal = len(pixels) // geometry.temporal_patch
+    return model.see(patches, (temporal, grid[0] * geometry.merge, grid[1] * geometry.merge))
+
+
+# --------------------------------------------------------------------------------------------- no trace
+
+
+class _BrokenPass(Exception):
+    """Planted in the middle of a forward pass."""
+
+
+def _no_trace(model: VisionLanguageModel, layout: str) -> Iterator[Check]:
+    """Chunks with questions between them, ended in every way, against the same chunks never asked about."""
+    frames = _frames(model, _GRIDS[0])
+    asked, never = _memory(model, layout, 4), _memory(model, layout, 4)
+    scratch = Scratch(model.kv_shape, 2, _SLOT_TOKENS)
+    endings = (_answer_greedily, _answer_sampled, _cancel_half_way, _fail_in_prefill, _fail_in_decode)
+    for i, chunk in enumerate(_chunks(frames, 4)):
+        never.append(chunk)
+        if i:
+            endings[i % len(endings)](model, asked, scratch)
+            _fail_in_chunk(model, asked, chunk)
+        asked.append(chunk)
+    extents = [memory.extent(memory.now) for memory in (asked, never)]
+    differing = sum(
+        int((mine != theirs).sum())
+        for layer in range(model.kv_shape.num_layers)
+        for mine, theirs in zip(*(extent.rows(layer) for extent in extents), strict=True)
+    )
+    case = f"{layout}: {len(endings)} ways a question ends, and a chunk that fails"
+    yield Check("no trace, K and V that differ", model.name, case, float(differing), 0.0)
+    question = asked.layout.question(asked.now.layout, _QUESTION)
+    logits = [model.logits(model.read(question, Prefill([extent]))) for extent in extents]
+    yield Check("no trace, next logits", model.name, case, _distance(*logits), 0.0)
+    yield Check("no trace, slots still held", model.name, case, float(2 - scratch.num_free), 0.0)
+
+
+def _answer_greedily(model: VisionLanguageModel, memory: StreamMemory, scratch: Scratch) -> None:
+    _run_answer(model, memory, scratch, Ask(stream="verify", question=_QUESTION, max_new_tokens=12))
+
+
+def _answer_sampled(model: VisionLanguageModel, memory: StreamMemory, scratch: Scratch) -> None:
+    _run_answer(
+        model,
+        memory,
+        scratch,
+        Ask(stream="verify", question=_QUESTION, max_new_tokens=12, temperature=1.5, top_p=0.9, seed=1),
+    )
+
+
+def _cancel_half_way(model: VisionLanguageModel, memory: StreamMemory, scratch: Scratch) -> None:
+    request = Ask(stream="verify", question=_QUESTION, max_new_tokens=12)
+    _run_answer(model, memory, scratch, request, max_steps=3)
+
+
+def _run_answer(
+    model: VisionLanguageModel, memory: StreamMemory, scratch: Scratch, request: Ask, max_steps: int = 64
+) -> None:
+    branch = Branch(model, memory, memory.now, scratch)
+    try:
+        answer = GrowingAnswer(model, branch, request, arrived=0.0)
+        answer.start()
+        for _ in range(max_steps):
+            if answer.finish is not None:
+                break
+            answer.accept(decode(model, [answer])[0])
+    finally:
+        branch.close()
+
+
+def _fail_in_prefill(model: VisionLanguageModel, memory: StreamMemory, scratch: Scratch) -> None:
+    branch = Branch(model, memory, memory.now, scratch)
+    try:
+        with _broken_layer(model):
+            branch.prefill(memory.layout.question(memory.now.layout, _QUESTION))
+    finally:
+        branch.close()
+
+
+def _fail_in_decode(model: VisionLanguageModel, memory: StreamMemory, scratch: Scratch) -> None:
+    request = Ask(stream="verify", question=_QUESTION, max_new_tokens=12)
+    branch = Branch(model, memory, memory.now, scratch)
+    try:
+        answer = GrowingAnswer(model, branch, request, arrived=0.0)
+        answer.start()
+        with _broken_layer(model):
+            decode(model, [answer])
+    finally:
+        branch.close()
+
+
+def _fail_in_chunk(model: VisionLanguageModel, memory: StreamMemory, chunk: Chunk) -> None:
+    with _broken_layer(model):
+        memory.append(chunk)
+
+
+class _broken_layer:
+    """Makes the last layer of the language model raise once the layers before it have written."""
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        self._layer = model._model.model.language_model.layers[-1].mlp
+
+    def __enter__(self) -> None:
+        self._hook = self._layer.register_forward_pre_hook(self._break)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        self._hook.remove()
+        assert kind is not None, "the planted failure did not happen"
+        return kind is _BrokenPass
+
+    def _break(self, *_: object) -> None:
+        raise _BrokenPass
+
+
+# ------------------------------------------------------------------------------------- bytes, together
+
+
+def _bytes(model: VisionLanguageModel) -> Iterator[Check]:
+    memory = _memory(model, "native", 4)
+    shape, capacity = model.kv_shape, memory.info().capacity_tokens
+    text = model.config.text_config
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * shape.head_dim * shape.dtype.itemsize
+    worst = 0
+    for chunk in _chunks(_frames(model, _GRIDS[0]), 4):
+        memory.append(chunk)
+        info = memory.info()
+        expected = (memory.now.num_tokens * per_token, capacity * per_token)
+        measured = (info.logical_bytes, info.resident_bytes)
+        worst = max(worst, *(abs(a - b) for a, b in zip(measured, expected, strict=True)))
+    case = f"{memory.now.num_tokens} tokens x {per_token} bytes, {capacity} reserved"
+    yield Check("bytes = tokens x bytes per token = storage", model.name, case, float(worst), 0.0)
+
+
+def _together(model: VisionLanguageModel) -> Iterator[Check]:
+    """Four questions, two of them asked a chunk later, decoded as one batch and each alone."""
+    memory = _memory(model, "native", 4)
+    chunks = _chunks(_frames(model, _GRIDS[0]), 4)
+    questions = ["What colour is it?", "Is it moving?", "What came first? And last?", "left or right?"]
+    memory.append(chunks[0])
+    snapshots = [memory.now] * 2
+    memory.append(chunks[1])
+    snapshots += [memory.now] * 2
+
+    def run(indexes: Sequence[int]) -> tuple[list[list[int]], Tensor]:
+        scratch = Scratch(model.kv_shape, len(indexes), _SLOT_TOKENS)
+        answers = []
+        for i in indexes:
+            request = Ask(stream="verify", question=questions[i], max_new_tokens=16)
+            branch = Branch(model, memory, snapshots[i], scratch)
+            answers.append(GrowingAnswer(model, branch, request, arrived=0.0))
+            answers[-1].start()
+        tokens = [[answer.newest_token] for answer in answers]
+        steps = []
+        for _ in range(12):
+            logits = decode(model, answers)
+            steps.append(logits)
+            for answer, row, chosen in zip(answers, logits, tokens, strict=True):
+                answer.finish = None  # go on past an end: the figures are wanted, not the words
+                answer.accept(row)
+                chosen.append(answer.newest_token)
+        return tokens, torch.stack(steps, dim=1)
+
+    together, batch_logits = run(range(4))
+    alone = [run([i]) for i in range(4)]
+    differing = sum(a != b for i in range(4) for a, b in zip(together[i], alone[i][0][0], strict=True))
+    yield Check("together = alone, tokens that differ", model.name, "4 questions", float(differing), 0.0)
+    gap = _distance(batch_logits, torch.cat([logits for _, logits in alone]))
+    yield Check("together = alone, logits", model.name, "4 questions", gap, BOUNDS[model.device.type])
+
+
+# ---------------------------------------------------------------------------------------------- streams
+
+
+def _memory(model: VisionLanguageModel, layout: str, chunk_frames: int) -> StreamMemory:
+    options = StreamOptions(
+        "verify",
+        chunk_frames=chunk_frames,
+        layout=layout,  # type: ignore[arg-type]
+        min_pixels=1,
+        memory_bytes=1024 * model.kv_shape.bytes_per_token,
+    )
+    return StreamMemory(model, options)
+
+
+def _frames(model: VisionLanguageModel, grid: tuple[int, int]) -> np.ndarray:
+    """Noise at a size that needs no resize: (num, height, width, 3), uint8."""
+    factor = model.geometry.factor
+    shape = (_NUM_FRAMES, grid[0] * factor, grid[1] * factor, 3)
+    return np.random.default_rng(7).integers(0, 256, shape, dtype=np.uint8)
+
+
+def _chunks(frames: np.ndarray, chunk_frames: int) -> list[Chunk]:
+    pictures = [Picture(pixels, seq, seq * _FRAME_NS, "media", seq * _FRAME_NS) for seq, pixels in enumerate(frames)]
+    return [Chunk(tuple(pictures[i : i + chunk_frames])) for i in range(0, len(pictures), chunk_frames)]
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).abs().max())
+
+
+def _models(names: Sequence[str], device: str) -> Iterator[VisionLanguageModel]:
+    """The named checkpoints, or one random model of each family."""
+    for name in names:
+        yield load_model(name, dtype="float32", device=device)
+    if names:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for family in FAMILIES:
+            path = Path(folder) / family
+            write_checkpoint(path, family)
+            model = load_model(str(path), dtype="float32", device=device)
+            model.name = f"{family}, random"
+            yield model
+
+
+def _row(check: Check) -> str:
+    verdict = "ok  " if check.passed else "MISS"
+    bound = "bit for bit" if check.bound == 0 else f"<= {check.bound:.0e}"
+    return f"{verdict}  {check.model:<22}  {check.promise:<42}  {check.value:>9.2g}  {bound:<11}  {check.case}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the gate."""
+    parser = argparse.ArgumentParser(prog="onlooker verify", description="Check what the memory promises.")
+    parser.add_argument("--model", action="append", default=[], help="checkpoint folder, hub id, or builtin")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
+    args = parser.parse_args(argv)
+    transformers.logging.disable_progress_bar()
+    checks: list[Check] = []
+    for model in _models(args.model, args.device):
+        for check in verify(model):
+            checks.append(check)
+            if not args.json:
+                print(_row(check), flush=True)
+    missed = [check for check in checks if not check.passed]
+    if args.json:
+        rows = [asdict(check) | {"passed": check.passed} for check in checks]
+        document = {"torch": torch.__version__, "transformers": transformers.__version__, "checks": rows}
+        print(json.dumps(document | {"passed": not missed}, indent=2))
+    else:
+        print(f"{len(checks) - len(missed)} of {len(checks)} checks hold")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
