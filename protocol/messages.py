@@ -8,14 +8,29 @@ Unknown fields are ignored on receipt, so a minor version may add some.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
 PROTOCOL_VERSION = 1
 
-StreamName = str
+NAME_PATTERN = r"\A[A-Za-z0-9._-]{1,64}\Z"
+
+# The bounds are checked when a message is decoded, not when one is made.
+StreamName = Annotated[str, Meta(pattern=NAME_PATTERN)]
+MarkName = Annotated[str, Meta(pattern=NAME_PATTERN)]
+RequestId = Annotated[str, Meta(min_length=1, max_length=128)]
+SessionId = Annotated[str, Meta(min_length=1, max_length=128)]
+Question = Annotated[str, Meta(min_length=1)]
+Option = Annotated[str, Meta(min_length=1)]
+StopString = Annotated[str, Meta(min_length=1, max_length=128)]
+TimeNs = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+DeadlineMs = Annotated[int, Meta(ge=1, le=86_400_000)]
+Address = Annotated[str, Meta(min_length=1, max_length=256)]  # a ZeroMQ endpoint
+SidePixels = Annotated[int, Meta(ge=1, le=16384)]
+Count = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
+RateHz = Annotated[float, Meta(gt=0, le=1e6)]
 TimeKind = Literal["capture", "publish", "receive", "media"]
 
 # ROS 2 sensor_msgs and Foxglove names.
@@ -35,16 +50,16 @@ class FrameHeader(Message, frozen=True, kw_only=True):
     """Part 2 of a frame message: what the payload is, and when it was seen."""
 
     v: int = PROTOCOL_VERSION
-    session: str  # new at each start of the publisher: a change means it restarted
+    session: SessionId  # new at each start of the publisher: a change means it restarted
     stream: StreamName
-    ts: int
+    ts: TimeNs
     ts_kind: TimeKind = "capture"
     enc: str = ""  # empty only with eos
     w: int | UnsetType = UNSET  # pixels; required for raw encodings
     h: int | UnsetType = UNSET
     step: int | UnsetType = UNSET  # bytes per row, raw encodings only; default w * channels
-    fps: float | UnsetType = UNSET  # nominal rate of the source, Hz
-    loop: int | UnsetType = UNSET  # how often a replayed file has started over
+    fps: RateHz | UnsetType = UNSET  # nominal rate of the source
+    loop: Annotated[int, Meta(ge=0)] | UnsetType = UNSET  # how often a replayed file has started over
     eos: bool = False  # end of stream: the last message of this session, with no payload
 
 
@@ -55,10 +70,10 @@ class Request(Message, frozen=True, kw_only=True):
     """What a client sends to the ask or the control socket."""
 
     v: int = PROTOCOL_VERSION
-    id: str
-    session: str  # the client's; id + session name a request, so a resend is the same request
+    id: RequestId
+    session: SessionId  # the client's; id + session name a request, so a resend is the same request
     endpoint: str
-    deadline_ms: int | UnsetType = UNSET  # budget left, relative: no clocks to agree
+    deadline_ms: DeadlineMs | UnsetType = UNSET  # budget left, relative: no clocks to agree
     stream_reply: bool = False  # DEALER clients: send `partial` replies while the answer grows
     data: msgspec.Raw = msgspec.Raw(b"\x80")
 
@@ -78,7 +93,7 @@ class Reply(Message, frozen=True, kw_only=True):
     """What comes back: any number of `partial`, then exactly one `ok` or `error`."""
 
     v: int = PROTOCOL_VERSION
-    id: str
+    id: str  # empty in the answer to a request whose id could not be read
     status: Literal["ok", "partial", "error"]
     node: str
     session: str  # the node's: a change means it restarted
@@ -93,23 +108,23 @@ class Ask(Message, frozen=True, kw_only=True):
     """Endpoint `ask`: a free answer about one stream."""
 
     stream: StreamName
-    question: str
-    max_new_tokens: int = 128
-    temperature: float = 0.0  # 0 is greedy
-    top_p: float = 1.0
-    seed: int | UnsetType = UNSET
-    stop: list[str] = []
-    as_of: str | UnsetType = UNSET  # the name of a mark: answer from the memory as it was then
+    question: Question
+    max_new_tokens: Annotated[int, Meta(ge=1)] = 128
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0  # 0 is greedy
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | UnsetType = UNSET
+    stop: Annotated[list[StopString], Meta(max_length=16)] = []
+    as_of: MarkName | UnsetType = UNSET  # the name of a mark: answer from the memory as it was then
 
 
 class AskChoice(Message, frozen=True, kw_only=True):
     """Endpoint `ask_choice`: which of the options is likeliest."""
 
     stream: StreamName
-    question: str
-    options: list[str]
+    question: Question
+    options: Annotated[list[Option], Meta(min_length=2)]
     rank_by: Literal["raw", "normalized", "calibrated"] = "calibrated"
-    as_of: str | UnsetType = UNSET
+    as_of: MarkName | UnsetType = UNSET
 
 
 # ------------------------------------------------------------------------------------ ask: reply data
@@ -204,30 +219,30 @@ class MarkRef(Message, frozen=True, kw_only=True):
     """Data of `mark`, `rollback` and `mark_delete`."""
 
     stream: StreamName
-    name: str
+    name: MarkName
 
 
 class CancelRef(Message, frozen=True, kw_only=True):
     """Data of `cancel`: the request to end, by its id and the session that sent it."""
 
-    id: str
-    session: str
+    id: RequestId
+    session: SessionId
 
 
 class StreamSpec(Message, frozen=True, kw_only=True):
     """Data of `stream_add`, and how a stream is configured; what is unset follows the node's defaults."""
 
     stream: StreamName
-    connect: str | UnsetType = UNSET  # endpoint of a camera that binds; absent: cameras connect to the node
-    fps: float | UnsetType = UNSET  # frames per second to keep
-    stride: int | UnsetType = UNSET  # keep every n-th frame
-    chunk_frames: int | UnsetType = UNSET  # 1, 2, 4, 6 or 8
+    connect: Address | UnsetType = UNSET  # of a camera that binds; absent: cameras connect to the node
+    fps: RateHz | UnsetType = UNSET  # rate to keep
+    stride: Count | UnsetType = UNSET  # keep every n-th frame
+    chunk_frames: Annotated[int, Meta(ge=1, le=8)] | UnsetType = UNSET  # 1, 2, 4, 6 or 8
     layout: Literal["native", "turns"] | UnsetType = UNSET
-    min_pixels: int | UnsetType = UNSET
-    max_pixels: int | UnsetType = UNSET
-    encode_width: int | UnsetType = UNSET  # explicit encode size, pixels
-    encode_height: int | UnsetType = UNSET
-    memory_bytes: int | UnsetType = UNSET
+    min_pixels: Count | UnsetType = UNSET
+    max_pixels: Count | UnsetType = UNSET
+    encode_width: SidePixels | UnsetType = UNSET  # explicit encode size, pixels
+    encode_height: SidePixels | UnsetType = UNSET
+    memory_bytes: Count | UnsetType = UNSET
 
 
 # ---------------------------------------------------------------------- control: replies and telemetry
@@ -288,6 +303,7 @@ class FrameCounters(Message, frozen=True, kw_only=True):
     dropped: dict[str, int]
     gaps: int  # sequence numbers that never arrived
     last_seq: int | UnsetType = UNSET
+    last_session: str | UnsetType = UNSET  # of the publisher that sent `last_seq`
 
 
 class StageTimings(Message, frozen=True, kw_only=True):

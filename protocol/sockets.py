@@ -1,0 +1,147 @@
+"""How every ZeroMQ socket of this protocol is opened, and what its monitor says about the connection."""
+
+from collections.abc import Iterator
+from ipaddress import IPv6Address, ip_address
+from typing import Literal, NamedTuple
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+FRAMES_ENDPOINT = "tcp://127.0.0.1:5556"
+ASK_ENDPOINT = "tcp://127.0.0.1:5560"
+CONTROL_ENDPOINT = "tcp://127.0.0.1:5561"
+TELEMETRY_ENDPOINT = "tcp://127.0.0.1:5562"
+
+MAX_FRAME_BYTES = 64 << 20
+MAX_REQUEST_BYTES = 4 << 20
+DEFAULT_HWM = 1000  # messages a peer may lag behind, not counting what the kernel buffers
+FRAMES_HWM = 4
+
+HEARTBEAT_IVL_MS = 2000
+HEARTBEAT_TIMEOUT_MS = 6000
+
+
+def open_socket(
+    context: zmq.Context,
+    kind: int,
+    *,
+    max_message_bytes: int,
+    linger_ms: int = 0,
+    hwm: int = DEFAULT_HWM,
+) -> zmq.Socket:
+    """Open a socket that notices a dead peer, bounds its queues and its messages, and closes in time.
+
+    `max_message_bytes` holds for each part; a peer that sends a larger one is disconnected.
+    """
+    socket = context.socket(kind)
+    socket.set(zmq.LINGER, linger_ms)  # the default waits for ever
+    socket.set(zmq.MAXMSGSIZE, max_message_bytes)
+    socket.set(zmq.SNDHWM, hwm)
+    socket.set(zmq.RCVHWM, hwm)
+    # TCP alone does not notice a frozen peer or a pulled cable.
+    socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_IVL_MS)
+    socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.set(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
+    socket.set(zmq.TCP_KEEPALIVE, 1)
+    return socket
+
+
+def bind(socket: zmq.Socket, endpoint: str) -> str:
+    """Bind, and return the endpoint with the port that was taken. Raises zmq.ZMQError."""
+    _allow_ipv6(socket, endpoint)
+    socket.bind(endpoint)
+    return socket.get_string(zmq.LAST_ENDPOINT)
+
+
+def connect(socket: zmq.Socket, endpoint: str) -> None:
+    """Connect, now or as soon as somebody binds. Raises zmq.ZMQError for an endpoint that is none."""
+    _allow_ipv6(socket, endpoint)
+    socket.connect(endpoint)
+
+
+def _allow_ipv6(socket: zmq.Socket, endpoint: str) -> None:
+    # Not always on: `tcp://*` would then also take the IPv6 side, and 127.0.0.1 reads ::ffff:127.0.0.1.
+    socket.set(zmq.IPV6, int("[" in endpoint))
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Whether only this machine can reach `endpoint`. An address that tells nothing is taken as open."""
+    transport, _, address = endpoint.partition("://")
+    if transport in ("ipc", "inproc"):
+        return True
+    host = address.rpartition(":")[0]
+    if transport != "tcp" or not host:
+        return False
+    return host == "localhost" or _is_loopback_address(host.removeprefix("[").removesuffix("]"))
+
+
+def _is_loopback_address(host: str) -> bool:
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+class ConnectionEvent(NamedTuple):
+    """A connection became usable, was lost, or failed its handshake.
+
+    `is_final` tells a refusal that will not pass from one that a dying peer also causes.
+    """
+
+    kind: Literal["ready", "lost", "refused"]
+    endpoint: str
+    reason: str = ""
+    is_final: bool = False
+
+
+_WATCHED = (
+    zmq.Event.HANDSHAKE_SUCCEEDED
+    | zmq.Event.DISCONNECTED
+    | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
+    | zmq.Event.HANDSHAKE_FAILED_AUTH
+)
+_FINAL_ERRORS: dict[int, str] = {
+    zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH: "one side uses CURVE and the other does not",
+    zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC: "the keys do not fit",
+}
+
+
+class HandshakeMonitor:
+    """What happens to the connections of one socket, of which ZeroMQ itself says nothing.
+
+    A wrong CURVE key looks like silence: only the socket's monitor tells. Use it on the socket's thread, and
+    close it before the socket.
+    """
+
+    def __init__(self, socket: zmq.Socket) -> None:
+        self._watched = socket
+        self.socket: zmq.Socket = socket.get_monitor_socket(_WATCHED)  # for a poller
+
+    def events(self) -> Iterator[ConnectionEvent]:
+        """Take the events that are there, without waiting."""
+        while self.socket.poll(0):
+            message = recv_monitor_message(self.socket)
+            yield _connection_event(message["event"], message["value"], message["endpoint"].decode())
+
+    def close(self) -> None:
+        self._watched.disable_monitor()
+        self.socket.close(linger=0)
+
+
+def _connection_event(event: int, value: int, endpoint: str) -> ConnectionEvent:
+    match event:
+        case zmq.Event.HANDSHAKE_SUCCEEDED:
+            return ConnectionEvent("ready", endpoint)
+        case zmq.Event.HANDSHAKE_FAILED_AUTH:
+            reason = f"the key is not allowed (status {value})"
+            return ConnectionEvent("refused", endpoint, reason, is_final=True)
+        case zmq.Event.HANDSHAKE_FAILED_PROTOCOL:
+            reason = _FINAL_ERRORS.get(value, f"handshake error 0x{value:08x}")
+            return ConnectionEvent("refused", endpoint, reason, is_final=value in _FINAL_ERRORS)
+        case zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
+            return ConnectionEvent("refused", endpoint, "the handshake broke off")
+        case _:
+            return ConnectionEvent("lost", endpoint)
