@@ -1,6 +1,7 @@
 """JPEG, PNG and raw payloads to RGB pixels."""
 
 import struct
+from typing import Any
 
 import cv2
 import numpy as np
@@ -33,7 +34,8 @@ class PictureError(Exception):
 
 def silence_opencv() -> None:
     """Keep OpenCV from writing a line to standard error for each broken picture: they are counted instead."""
-    getattr(cv2.utils, "logging", cv2).setLogLevel(0)  # OpenCV 4 has it at the top
+    logging: Any = getattr(cv2.utils, "logging", cv2)  # OpenCV 4 has it at the top
+    logging.setLogLevel(0)
 
 
 def decode_picture(header: FrameHeader, payload: Buffer) -> np.ndarray:

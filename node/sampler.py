@@ -7,9 +7,9 @@ from statistics import median_low
 class FrameSampler:
     """Keeps every `stride`-th frame, and of those one every 1/`fps` of capture time; None keeps all.
 
-    The frame nearest to each due time is kept, so that jitter does not matter: a frame is taken as soon as it
-    is less than half the camera's own interval early. Due times keep their phase until a frame is late by half a period
-    or more; then the phase starts anew with that frame. A camera slower than `fps` is kept whole.
+    The frame nearest to each due time is kept, so that jitter does not matter: a frame is taken as soon as it is less
+    than half the camera's own interval early. Due times keep their phase until a frame is late by a whole period; then
+    the phase starts anew with that frame. A camera slower than `fps` is kept whole.
     """
 
     def __init__(self, fps: float | None = None, stride: int = 1) -> None:
@@ -34,7 +34,7 @@ class FrameSampler:
         late_ns = stream_ns - self._due_ns
         if late_ns < -tolerance_ns:
             return False
-        keeps_phase = late_ns < self._period_ns / 2
+        keeps_phase = late_ns < self._period_ns
         self._due_ns = (self._due_ns if keeps_phase else stream_ns) + self._period_ns
         return True
 
