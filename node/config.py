@@ -1,0 +1,409 @@
+"""What the operator decides: one frozen `NodeConfig` from node.toml, the environment and the command line.
+
+Later sources win: defaults, node.toml, `ONLOOKER_…` variables (`ONLOOKER_QUESTIONS__MAX_WAITING=8`), flags.
+Everything is checked here, once; every mistake is reported with the path of its key.
+"""
+
+import difflib
+import os
+import re
+import socket
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from ..protocol.codec import check_stream_name
+from ..protocol.errors import DecodeError, ErrorCode, NodeError
+from ..protocol.messages import UNSET, StreamSpec
+from ..protocol.sockets import (
+    ASK_ENDPOINT,
+    CONTROL_ENDPOINT,
+    FRAMES_ENDPOINT,
+    TELEMETRY_ENDPOINT,
+    is_loopback,
+)
+from .chunk import CHUNK_FRAMES
+from .options import StreamOptions
+
+ENV_PREFIX = "ONLOOKER_"
+MAX_IPC_PATH_BYTES = 107  # sockaddr_un
+MAX_NAME_CHARS = 64
+
+_TCP = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):(?P<port>\*|[0-9]{1,5})")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; `problems` holds one line for each mistake."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def _checked_endpoint(endpoint: str) -> str:
+    if endpoint.startswith("ipc://"):
+        path = endpoint.removeprefix("ipc://")
+        if not path or path == "*":
+            raise ValueError("ipc:// must be followed by a path")
+        if len(os.fsencode(path)) > MAX_IPC_PATH_BYTES:
+            raise ValueError(f"an ipc path is at most {MAX_IPC_PATH_BYTES} bytes long")
+        return endpoint
+    match = _TCP.fullmatch(endpoint)
+    if match is None or (match["port"] != "*" and int(match["port"]) > 65535):
+        raise ValueError("must be tcp://host:port (port * picks a free one) or ipc:///path")
+    return endpoint
+
+
+def _checked_peer(endpoint: str) -> str:
+    if endpoint.endswith(":*"):
+        raise ValueError("a port to connect to is needed")
+    return endpoint
+
+
+def _checked_name(name: str) -> str:
+    try:
+        return check_stream_name(name)
+    except DecodeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _checked_chunk_frames(num: int) -> int:
+    if num not in CHUNK_FRAMES:
+        raise ValueError(f"must be one of {', '.join(map(str, CHUNK_FRAMES))}")
+    return num
+
+
+def _checked_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?|balanced", device):
+        raise ValueError("must be auto, cpu, cuda, cuda:N or balanced")
+    return device
+
+
+def _whole_number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+Endpoint = Annotated[str, AfterValidator(_checked_endpoint)]
+Name = Annotated[str, AfterValidator(_checked_name)]
+Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=1, le=2**31)]
+Seconds = Annotated[float, BeforeValidator(_whole_number), Field(gt=0, le=86_400, allow_inf_nan=False)]
+Pixels = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Endpoints(_Section):
+    """Where the node listens."""
+
+    frames: Endpoint = FRAMES_ENDPOINT
+    ask: Endpoint = ASK_ENDPOINT
+    control: Endpoint = CONTROL_ENDPOINT
+    telemetry: Endpoint = TELEMETRY_ENDPOINT
+
+    @model_validator(mode="after")
+    def _check_distinct(self) -> "Endpoints":
+        fixed = [endpoint for endpoint in self.model_dump().values() if not endpoint.endswith(":*")]
+        twice = sorted({endpoint for endpoint in fixed if fixed.count(endpoint) > 1})
+        if twice:
+            raise ValueError(f"{twice[0]} is given to two sockets")
+        return self
+
+
+class Security(_Section):
+    """Who may connect."""
+
+    curve: Literal["off", "required"] = "off"
+    server_key: Path | None = None  # the node's secret key file
+    client_keys: Path | None = None  # folder of public keys, one *.key file a client
+    insecure: bool = False
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> "Security":
+        if self.curve == "required":
+            for name in ("server_key", "client_keys"):
+                if getattr(self, name) is None:
+                    raise ValueError(f'{name} is needed when curve = "required"')
+        return self
+
+
+class Questions(_Section):
+    """Limits of what clients may ask."""
+
+    max_waiting: Count = 32
+    max_per_client: Count = 4
+    max_concurrent: Count = 8
+    default_deadline_s: Seconds = 60.0
+    max_new_tokens: Count = 1024
+    max_question_chars: Count = 8192
+    max_options: Annotated[Count, Field(ge=2)] = 32
+    scratch_tokens: Count = 2048
+
+
+class StreamDefaults(_Section):
+    """Settings of every stream that does not say otherwise."""
+
+    fps: Annotated[float, BeforeValidator(_whole_number), Field(gt=0, allow_inf_nan=False)] | None = None
+    stride: Count = 1
+    chunk_frames: Annotated[int, AfterValidator(_checked_chunk_frames)] = 4
+    layout: Literal["native", "turns"] = "native"
+    min_pixels: Pixels | None = None
+    max_pixels: Pixels | None = None
+    encode_size: tuple[Pixels, Pixels] | None = None
+    memory_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(1 << 30)
+    ring_frames: Count = 64
+    camera_key: Path | None = None
+
+
+class Stream(StreamDefaults):
+    """One stream the node starts with; what is not set follows the defaults."""
+
+    name: Name
+    connect: Annotated[Endpoint, AfterValidator(_checked_peer)] | None = None
+
+
+class Telemetry(_Section):
+    """How often records are published."""
+
+    period_s: Annotated[Seconds, Field(ge=0.05, le=60)] = 1.0
+
+
+class Log(_Section):
+    """What is written to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+
+
+def host_slug() -> str:
+    """The host's name, with what a topic cannot hold replaced."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname()).strip("-")[:MAX_NAME_CHARS] or "node"
+
+
+class NodeConfig(BaseSettings):
+    """Every setting of a node. Raises pydantic's ValidationError; `load` turns it into a ConfigError."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_nested_delimiter="__")
+
+    name: Name = Field(default_factory=host_slug)
+    model: Annotated[str, Field(min_length=1)] = "builtin"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Annotated[str, AfterValidator(_checked_device)] = "auto"
+    endpoints: Endpoints = Endpoints()
+    security: Security = Security()
+    questions: Questions = Questions()
+    stream_defaults: StreamDefaults = StreamDefaults()
+    telemetry: Telemetry = Telemetry()
+    log: Log = Log()
+    streams: tuple[Stream, ...] = ()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what it is given: `load` merges the file, the environment and the flags."""
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _check(self) -> "NodeConfig":
+        self._check_exposure()
+        names = [stream.name for stream in self.streams]
+        for index, stream in enumerate(self.streams):
+            try:
+                self._check_stream(stream, names[:index])
+            except ValueError as error:
+                raise ValueError(f"streams[{index}] ({stream.name}): {error}") from None
+        return self
+
+    def _check_exposure(self) -> None:
+        if self.security.curve == "required" or self.security.insecure:
+            return
+        for socket_name, endpoint in self.exposed_endpoints().items():
+            raise ValueError(
+                f"endpoints.{socket_name}: {endpoint} can be reached from other machines, by anybody; "
+                'set security.curve = "required", or security.insecure = true (--insecure) to allow it'
+            )
+
+    def _check_stream(self, stream: Stream, names_before: Sequence[str]) -> None:
+        if stream.name in names_before:
+            raise ValueError("another stream has this name")
+        self.stream_options(stream)
+
+    def exposed_endpoints(self) -> dict[str, str]:
+        """The endpoints that other machines can reach, by socket."""
+        return {name: e for name, e in self.endpoints.model_dump().items() if not is_loopback(e)}
+
+    def stream_options(self, stream: Stream) -> StreamOptions:
+        """The settings of a configured stream. Raises ValueError naming the field."""
+        return self._options(stream.model_dump(exclude_unset=True))
+
+    def spec_options(self, spec: StreamSpec) -> StreamOptions:
+        """The settings of a stream asked for over the wire. Raises NodeError BAD_REQUEST naming the field."""
+        asked = {name: getattr(spec, name) for name in spec.__struct_fields__ if name != "stream"}
+        values: dict[str, Any] = {name: value for name, value in asked.items() if value is not UNSET}
+        values["name"] = spec.stream
+        try:
+            values |= _encode_size(values.pop("encode_width", None), values.pop("encode_height", None))
+            return self._options(Stream.model_validate(values).model_dump(exclude_unset=True))
+        except ValidationError as error:
+            message = "; ".join(_problem(Stream, detail) for detail in error.errors())
+            field = str((error.errors()[0]["loc"] or ("",))[0])
+            raise NodeError(ErrorCode.BAD_REQUEST, message, details={"path": f"$.{field}"}) from error
+        except ValueError as error:
+            raise NodeError(ErrorCode.BAD_REQUEST, str(error)) from error
+
+    def _options(self, values: Mapping[str, Any]) -> StreamOptions:
+        merged = {**self.stream_defaults.model_dump(), **values}
+        key = merged["camera_key"]
+        if merged.get("connect") and self.security.curve == "required" and key is None:
+            raise ValueError('camera_key: connecting to a camera needs its key when curve = "required"')
+        merged["camera_key"] = None if key is None else str(key)
+        return StreamOptions(**merged)
+
+
+def load(
+    path: Path | None = None,
+    overrides: Mapping[str, object] | None = None,
+    *,
+    streams: Iterable[str] = (),
+) -> NodeConfig:
+    """Read, merge and check a configuration.
+
+    `overrides` maps dotted keys (`questions.max_waiting`) to values; `streams` names streams to start beside
+    those of the file. Raises ConfigError.
+    """
+    values = _read_toml(path) if path else {}
+    _merge(values, _environment())
+    for key, value in (overrides or {}).items():
+        _merge(values, _nested(key, value))
+    _add_streams(values, streams)
+    try:
+        return NodeConfig(**values)
+    except ValidationError as error:
+        source = f"{path}: " if path else ""
+        raise ConfigError([source + _problem(NodeConfig, detail) for detail in error.errors()]) from error
+
+
+def parse_setting(text: str) -> tuple[str, object]:
+    """Split `key=value`; the value is read as TOML, or as plain text if it is none. Raises ConfigError."""
+    key, equals, value = text.partition("=")
+    key, value = key.strip(), value.strip()
+    if not equals or not key:
+        raise ConfigError([f"{text!r} is not key=value"])
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError([f"{path}: {reason}"]) from error
+
+
+def _environment() -> dict[str, Any]:
+    for variable in sorted(os.environ):
+        key = variable.upper().removeprefix(ENV_PREFIX).partition("__")[0].lower()
+        if variable.upper().startswith(ENV_PREFIX) and key not in NodeConfig.model_fields:
+            raise ConfigError([f"{variable}: unknown key{_suggestion(key, NodeConfig)}"])
+    try:
+        return EnvSettingsSource(NodeConfig)()
+    except SettingsError as error:
+        raise ConfigError([f"environment: {error}: {error.__cause__}"]) from error
+
+
+def _merge(values: dict[str, Any], later: Mapping[str, Any]) -> None:
+    for key, value in later.items():
+        below = values.get(key)
+        if isinstance(below, dict) and isinstance(value, Mapping):
+            _merge(below, value)
+        else:
+            values[key] = value
+
+
+def _nested(key: str, value: object) -> dict[str, Any]:
+    *tables, last = key.split(".")
+    nested: dict[str, Any] = {last: value}
+    for table in reversed(tables):
+        nested = {table: nested}
+    return nested
+
+
+def _add_streams(values: dict[str, Any], names: Iterable[str]) -> None:
+    configured = values.get("streams", [])
+    if not isinstance(configured, list):
+        return  # the check that follows says so
+    known = {stream.get("name") for stream in configured if isinstance(stream, dict)}
+    added = [{"name": name} for name in dict.fromkeys(names) if name not in known]
+    if added:
+        values["streams"] = [*configured, *added]
+
+
+def _encode_size(width: int | None, height: int | None) -> dict[str, tuple[int, int]]:
+    if width is None and height is None:
+        return {}
+    if width is None or height is None:
+        raise ValueError("encode_width and encode_height go together")
+    return {"encode_size": (width, height)}
+
+
+def _problem(model: type[BaseModel], detail: Any) -> str:
+    """One line for one of pydantic's complaints, beginning with the path of the key."""
+    path, section = "", model
+    for part in detail["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f"{'.' if path else ''}{part}"
+    for part in detail["loc"][:-1]:
+        section = _section_of(section, part) if section and isinstance(part, str) else section
+    if detail["type"] == "extra_forbidden":
+        return f"{path}: unknown key{_suggestion(str(detail['loc'][-1]), section)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if not detail["loc"] or (detail["type"] in ("missing", "value_error") and isinstance(detail["input"], dict)):
+        return f"{path}: {message}" if path else message
+    return f"{path}: {message[:1].lower()}{message[1:]}, got {detail['input']!r}"
+
+
+def _section_of(section: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The model behind a key, if it is a table or a list of tables."""
+    field = section.model_fields.get(key)
+    if field is None:
+        return None
+    for candidate in (field.annotation, *get_args(field.annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _suggestion(key: str, section: type[BaseModel] | None) -> str:
+    known = list(section.model_fields) if section else []
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}" if known else ""
