@@ -1,0 +1,155 @@
+"""The endpoints of the control socket: what is watched, forgotten, named and ended."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from ..protocol.errors import NodeError
+from ..protocol.messages import (
+    CacheInfo,
+    CancelRef,
+    Empty,
+    Hello,
+    Mark,
+    MarkRef,
+    Marks,
+    NodeStats,
+    Pong,
+    StreamRef,
+    Streams,
+    StreamSpec,
+)
+from .options import StreamOptions
+from .requests import Call, Endpoint, Steps
+from .state import NodeState
+from .telemetry import Announce
+
+
+class Control:
+    """Acts on the streams of a node. `cancel` ends a question, by its session and id."""
+
+    def __init__(self, state: NodeState, announce: Announce, cancel: Callable[[str, str], Future[bool]]) -> None:
+        self._state = state
+        self._announce = announce
+        self._cancel_question = cancel
+
+    def endpoints(self) -> dict[str, Endpoint[Any]]:
+        return {
+            "ping": Endpoint(Empty, self._ping),
+            "hello": Endpoint(Empty, self._hello),
+            "status": Endpoint(Empty, self._status),
+            "streams": Endpoint(Empty, self._streams),
+            "cache_info": Endpoint(StreamRef, self._cache_info),
+            "reset": Endpoint(StreamRef, self._reset),
+            "mark": Endpoint(MarkRef, self._mark),
+            "rollback": Endpoint(MarkRef, self._rollback),
+            "mark_delete": Endpoint(MarkRef, self._mark_delete),
+            "marks": Endpoint(StreamRef, self._marks),
+            "cancel": Endpoint(CancelRef, self._cancel),
+            "stream_add": Endpoint(StreamSpec, self._stream_add),
+            "stream_remove": Endpoint(StreamRef, self._stream_remove),
+            "stream_pause": Endpoint(StreamRef, self._stream_pause),
+            "stream_resume": Endpoint(StreamRef, self._stream_resume),
+        }
+
+    # Answered at once
+
+    def _ping(self, call: Call[Empty]) -> Pong:
+        return self._state.pong()
+
+    def _hello(self, call: Call[Empty]) -> Hello:
+        return self._state.hello()
+
+    def _status(self, call: Call[Empty]) -> NodeStats:
+        return self._state.stats()
+
+    def _streams(self, call: Call[Empty]) -> Streams:
+        return Streams(streams=self._state.stream_stats())
+
+    def _cache_info(self, call: Call[StreamRef]) -> CacheInfo:
+        return self._state.engine.cache_info(call.data.stream)
+
+    def _stream_pause(self, call: Call[StreamRef]) -> Empty:
+        self._state.intake.pause(call.data.stream)
+        return Empty()
+
+    def _stream_resume(self, call: Call[StreamRef]) -> Empty:
+        self._state.intake.resume(call.data.stream)
+        return Empty()
+
+    # Done by the engine
+
+    def _reset(self, call: Call[StreamRef]) -> Steps[CacheInfo]:
+        stream = call.data.stream
+        self._state.check_stream(stream)
+
+        def steps() -> Steps[CacheInfo]:
+            # One call for the frames on their way and the memory: both agree on what came before it.
+            info = yield self._state.intake.reset(stream)
+            self._announce("reset", "the memory was forgotten", stream=stream)
+            return info
+
+        return steps()
+
+    def _mark(self, call: Call[MarkRef]) -> Steps[Mark]:
+        self._state.check_stream(call.data.stream)
+        return _result(lambda: self._state.engine.mark(call.data.stream, call.data.name))
+
+    def _rollback(self, call: Call[MarkRef]) -> Steps[CacheInfo]:
+        stream, name = call.data.stream, call.data.name
+        self._state.check_stream(stream)
+
+        def steps() -> Steps[CacheInfo]:
+            info = yield self._state.engine.rollback(stream, name)
+            self._announce("rolled_back", f"all after mark {name} was forgotten", stream=stream, mark=name)
+            return info
+
+        return steps()
+
+    def _mark_delete(self, call: Call[MarkRef]) -> Steps[Marks]:
+        self._state.check_stream(call.data.stream)
+        return _result(lambda: self._state.engine.delete_mark(call.data.stream, call.data.name))
+
+    def _marks(self, call: Call[StreamRef]) -> Steps[Marks]:
+        self._state.check_stream(call.data.stream)
+        return _result(lambda: self._state.engine.marks(call.data.stream))
+
+    def _cancel(self, call: Call[CancelRef]) -> Steps[Empty]:
+        """Succeeds also when the question is not open any more: it may have been answered just now."""
+
+        def steps() -> Steps[Empty]:
+            yield self._cancel_question(call.data.session, call.data.id)
+            return Empty()
+
+        return steps()
+
+    def _stream_add(self, call: Call[StreamSpec]) -> Steps[Empty]:
+        return self.add_stream(self._state.config.spec_options(call.data))
+
+    def _stream_remove(self, call: Call[StreamRef]) -> Steps[Empty]:
+        self._state.check_stream(call.data.stream)
+        return self.remove_stream(call.data.stream)
+
+    def add_stream(self, options: StreamOptions) -> Steps[Empty]:
+        """Reserve a stream's memory, then take in its frames; all or nothing."""
+        engine, intake = self._state.engine, self._state.intake
+        yield engine.add_stream(options)
+        try:
+            intake.add_stream(options)
+        except NodeError:
+            yield engine.remove_stream(options.name)
+            raise
+        self._announce("stream_added", "the stream is remembered from now on", stream=options.name)
+        return Empty()
+
+    def remove_stream(self, stream: str) -> Steps[Empty]:
+        """Take in no more frames of a stream, then free its memory."""
+        self._state.intake.remove_stream(stream)
+        yield self._state.engine.remove_stream(stream)
+        self._announce("stream_removed", "the stream and its memory are gone", stream=stream)
+        return Empty()
+
+
+def _result(work: Callable[[], Future[Any]]) -> Steps[Any]:
+    """Steps that are one piece of the engine's work."""
+    return (yield work())
