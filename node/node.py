@@ -1,0 +1,230 @@
+"""The node: it owns the sockets and threads, and the order in which they begin and end."""
+
+import logging
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import msgspec
+import zmq
+
+from ..protocol.errors import NodeError, OnlookerError
+from ..protocol.sockets import MAX_REQUEST_BYTES, bind, open_socket
+from .config import NodeConfig
+from .control import Control
+from .engine_protocol import EngineProtocol
+from .intake import Intake
+from .ipc_lock import IpcLock
+from .questions import Questions
+from .requests import Endpoint, Limits, Steps
+from .security import RefusedPeers, Security
+from .server import Server
+from .state import NodeState
+from .telemetry import MAX_SUBSCRIPTION_BYTES, Telemetry
+
+logger = logging.getLogger(__name__)
+
+NUM_IO_THREADS = 2
+MAX_OPEN_CONTROL = 64
+CONTROL_RETRY_MS = 200
+STREAM_TIMEOUT_S = 60.0
+
+T = TypeVar("T")
+
+
+class StartError(OnlookerError):
+    """The node cannot start; the message names the setting at fault."""
+
+
+class Node:
+    """A memory of cameras that answers over ZeroMQ.
+
+        with Node(config, engine) as node:
+            print(node.endpoints)
+            node.run()  # until another thread calls request_stop
+
+    Without an engine it starts all the same: it answers `ping`, and everything else with NOT_READY, until
+    `attach` gives it one. The engine stays the caller's, who closes it after the node.
+    """
+
+    def __init__(self, config: NodeConfig, engine: EngineProtocol | None = None) -> None:
+        """Raises ConfigError for keys that cannot be read."""
+        self._config = config
+        self._engine = engine
+        self._should_stop = threading.Event()
+        self._context = zmq.Context(NUM_IO_THREADS)
+        self._locks: list[IpcLock] = []
+        self._intake: Intake | None = None
+        self._servers: list[Server] = []
+        self._telemetry: Telemetry | None = None
+        self._state = NodeState(config)
+        self._security = Security(self._context, config.security)
+
+    def __enter__(self) -> "Node":
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def endpoints(self) -> dict[str, str]:
+        """Where the node listens, with the ports that were taken."""
+        return dict(self._state.endpoints)
+
+    @property
+    def session(self) -> str:
+        """New at each start."""
+        return self._state.session
+
+    def start(self) -> None:
+        """Bind and begin to answer. Raises StartError, with nothing left open."""
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        self._warn_of_exposure()
+        for name, endpoint in self._config.endpoints.model_dump().items():
+            if endpoint.startswith("ipc://"):
+                self._locks.append(_starting(f"endpoints.{name}", partial(IpcLock, endpoint)))
+        _starting("security", self._security.start)
+        self._telemetry = self._open_telemetry()
+        self._telemetry.start()
+        for server in self._open_servers(self._telemetry):
+            self._servers.append(server)
+            server.start()
+        if self._engine is not None:
+            self.attach(self._engine)
+
+    def attach(self, engine: EngineProtocol) -> None:
+        """Give the node its engine: cameras are let in, and the configured streams are added.
+
+        Raises StartError if the frames endpoint cannot be had, or a stream cannot be added.
+        """
+        intake = Intake(engine, context=self._context, bind=self._config.endpoints.frames, secure=self._security.secure)
+        _starting(f"endpoints.frames: cannot listen at {self._config.endpoints.frames}", intake.start)
+        self._intake = intake
+        self._state.endpoints = {**self._state.endpoints, "frames": intake.bound_endpoint or ""}
+        self._state.attach(engine, intake)
+        for stream in self._config.streams:
+            steps = self._control.add_stream(self._config.stream_options(stream))
+            _starting(f"stream {stream.name}", partial(_run_steps, steps))
+        model = engine.model
+        facts = {"node": self._config.name, "model": model.name, "dtype": model.dtype, "device": model.device}
+        logger.info("ready", extra={"facts": {**facts, **self._state.endpoints}})
+
+    def run(self) -> None:
+        """Wait until `request_stop`."""
+        self._should_stop.wait()
+
+    def request_stop(self) -> None:
+        """Make `run` return, and refuse new questions. For any thread."""
+        self._state.is_stopping = True
+        self._should_stop.set()
+
+    def close(self) -> None:
+        """Answer what is open with NOT_READY, and close everything, in bounded time."""
+        self.request_stop()
+        for server in self._servers:
+            server.close()
+        if self._intake is not None:
+            self._intake.close()
+        if self._telemetry is not None:
+            self._telemetry.close()
+        self._security.close()
+        self._context.term()
+        for lock in self._locks:
+            lock.close()
+        self._servers, self._intake, self._telemetry, self._locks = [], None, None, []
+        logger.info("stopped")
+
+    # Parts
+
+    def _warn_of_exposure(self) -> None:
+        if self._config.security.curve == "off":
+            for name, endpoint in self._config.exposed_endpoints().items():
+                logger.warning("insecure: anybody who reaches %s may use the %s socket", endpoint, name)
+
+    def _open_telemetry(self) -> Telemetry:
+        socket, refused = self._listen("telemetry", zmq.XPUB, MAX_SUBSCRIPTION_BYTES)
+        socket.set(zmq.XPUB_VERBOSE, 1)  # tells of every subscription: each newcomer is greeted
+        return Telemetry(socket, self._state, refused=refused, period_s=self._config.telemetry.period_s)
+
+    def _open_servers(self, telemetry: Telemetry) -> list[Server]:
+        announce, settings = telemetry.announce, self._config.questions
+        questions = Questions(self._state, announce)
+        ask_limits = Limits(
+            max_open=settings.max_concurrent + settings.max_waiting,
+            max_per_client=settings.max_per_client,
+            default_deadline_s=settings.default_deadline_s,
+            retry_after_ms=questions.retry_after_ms,
+        )
+        ask = self._open_server("ask", questions.endpoints(), ask_limits, telemetry)
+        self._control = Control(self._state, announce, ask.cancel)
+        control_limits = Limits(
+            max_open=MAX_OPEN_CONTROL,
+            max_per_client=MAX_OPEN_CONTROL,
+            default_deadline_s=settings.default_deadline_s,
+            retry_after_ms=lambda: CONTROL_RETRY_MS,
+        )
+        return [ask, self._open_server("control", self._control.endpoints(), control_limits, telemetry)]
+
+    def _open_server(
+        self, name: str, endpoints: dict[str, Endpoint[Any]], limits: Limits, telemetry: Telemetry
+    ) -> Server:
+        socket, refused = self._listen(name, zmq.ROUTER, MAX_REQUEST_BYTES)
+        return Server(
+            socket,
+            endpoints,
+            node=self._config.name,
+            session=self._state.session,
+            limits=limits,
+            rejected=self._state.rejected,
+            refused=refused,
+            on_internal=lambda endpoint, error_id: telemetry.announce(
+                "request_failed", f"{endpoint} failed by a defect", error_id=error_id
+            ),
+            name=name,
+        )
+
+    def _listen(self, name: str, kind: int, max_message_bytes: int) -> tuple[zmq.Socket[bytes], RefusedPeers]:
+        """Bind one of the sockets, secured and watched."""
+        endpoint = getattr(self._config.endpoints, name)
+        socket = open_socket(self._context, kind, max_message_bytes=max_message_bytes)
+        self._security.secure(socket, "bind")
+        refused = RefusedPeers(socket, name, self._state.rejected)
+        try:
+            bound = _starting(f"endpoints.{name}: cannot listen at {endpoint}", lambda: bind(socket, endpoint))
+        except StartError:
+            refused.close()
+            socket.close()
+            raise
+        self._state.endpoints = {**self._state.endpoints, name: bound}
+        return socket, refused
+
+
+def _starting(what: str, start: Callable[[], T]) -> T:
+    """Say of what keeps the node from starting where it comes from."""
+    try:
+        return start()
+    except (zmq.ZMQError, OSError, ValueError, RuntimeError, NodeError, TimeoutError) as error:
+        raise StartError(f"{what}: {error}") from error
+
+
+def _run_steps(steps: Steps[msgspec.Struct]) -> None:
+    """Take the steps of an endpoint one by one, waiting for each."""
+    try:
+        awaited = next(steps)
+        while True:
+            try:
+                result = awaited.result(STREAM_TIMEOUT_S)
+            except Exception as error:
+                awaited = steps.throw(error)
+            else:
+                awaited = steps.send(result)
+    except StopIteration:
+        return
