@@ -21,6 +21,7 @@ from .messages import (
     Request,
     RequestId,
     StreamStats,
+    or_unset,
 )
 
 MAX_HEADER_BYTES = 64 << 10
@@ -293,15 +294,11 @@ def error_reply(
         code=str(error.code),
         message=str(error) if isinstance(error, DecodeError) else error.message,
         retryable=isinstance(error, NodeError) and error.retryable,
-        retry_after_ms=_or_unset(getattr(error, "retry_after_ms", None)),
-        error_id=_or_unset(error_id),
+        retry_after_ms=or_unset(getattr(error, "retry_after_ms", None)),
+        error_id=or_unset(error_id),
         details={name: value for name, value in error.details.items() if name != "id"},
     )
     return encode(Reply(id=request_id or "", status="error", node=node, session=session, error=failure))
-
-
-def _or_unset(value: T | None) -> T | msgspec.UnsetType:
-    return msgspec.UNSET if value is None else value
 
 
 def decode_reply(raw: Buffer) -> Reply:

@@ -8,7 +8,7 @@ Unknown fields are ignored on receipt, so a minor version may add some.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -37,6 +37,14 @@ TimeKind = Literal["capture", "publish", "receive", "media"]
 COMPRESSED_ENCODINGS = frozenset({"jpeg", "png"})
 RAW_CHANNELS = {"rgb8": 3, "bgr8": 3, "mono8": 1}
 ENCODINGS = COMPRESSED_ENCODINGS | RAW_CHANNELS.keys()
+
+
+T = TypeVar("T")
+
+
+def or_unset(value: T | None) -> T | UnsetType:
+    """Turn Python's "not given" into the absence of a field."""
+    return UNSET if value is None else value
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):

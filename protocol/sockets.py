@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from .errors import AuthError
+
 FRAMES_ENDPOINT = "tcp://127.0.0.1:5556"
 ASK_ENDPOINT = "tcp://127.0.0.1:5560"
 CONTROL_ENDPOINT = "tcp://127.0.0.1:5561"
@@ -85,9 +87,9 @@ def _is_loopback_address(host: str) -> bool:
 
 
 class ConnectionEvent(NamedTuple):
-    """A connection became usable, was lost, or failed its handshake.
+    """A connection became usable, was lost, or was refused in its handshake.
 
-    `is_final` tells a refusal that will not pass from one that a dying peer also causes.
+    `is_final` tells a refusal by keys or mechanism from a handshake that a dying peer broke off.
     """
 
     kind: Literal["ready", "lost", "refused"]
@@ -107,41 +109,60 @@ _FINAL_ERRORS: dict[int, str] = {
     zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH: "one side uses CURVE and the other does not",
     zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC: "the keys do not fit",
 }
+# A CURVE server that cannot read our greeting closes without a word, and so does a peer that is killed.
+# The one goes on doing so, 100 ms apart; the other does not.
+_MAX_BROKEN_HANDSHAKES = 3
 
 
 class HandshakeMonitor:
     """What happens to the connections of one socket, of which ZeroMQ itself says nothing.
 
-    A wrong CURVE key looks like silence: only the socket's monitor tells. Use it on the socket's thread, and
-    close it before the socket.
+    A wrong CURVE key looks like silence: only the socket's monitor tells. Make it before the socket connects
+    or binds, use it on the socket's thread, and close it before the socket.
     """
 
-    def __init__(self, socket: zmq.Socket) -> None:
-        self._watched = socket
-        self.socket: zmq.Socket = socket.get_monitor_socket(_WATCHED)  # for a poller
+    def __init__(self, watched: zmq.Socket) -> None:
+        self._watched = watched
+        self._num_broken = 0
+        self.socket: zmq.Socket = watched.get_monitor_socket(_WATCHED)  # for a poller
 
     def events(self) -> Iterator[ConnectionEvent]:
         """Take the events that are there, without waiting."""
         while self.socket.poll(0):
             message = recv_monitor_message(self.socket)
-            yield _connection_event(message["event"], message["value"], message["endpoint"].decode())
+            yield self._event(message["event"], message["value"], message["endpoint"].decode())
+
+    def raise_if_refused(self) -> None:
+        """Take the events that are there. Raises AuthError if one is a final refusal."""
+        for event in self.events():
+            if event.is_final:
+                raise AuthError(event.endpoint, event.reason)
+
+    def _event(self, event: int, value: int, endpoint: str) -> ConnectionEvent:
+        match event:
+            case zmq.Event.HANDSHAKE_SUCCEEDED:
+                self._num_broken = 0
+                return ConnectionEvent("ready", endpoint)
+            case zmq.Event.HANDSHAKE_FAILED_AUTH:
+                reason = f"the key is not allowed (status {value})"
+                return ConnectionEvent("refused", endpoint, reason, is_final=True)
+            case zmq.Event.HANDSHAKE_FAILED_PROTOCOL:
+                reason = _FINAL_ERRORS.get(value, f"handshake error 0x{value:08x}")
+                return ConnectionEvent("refused", endpoint, reason, is_final=value in _FINAL_ERRORS)
+            case zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
+                return self._broken_handshake(endpoint)
+            case _:
+                return ConnectionEvent("lost", endpoint)
+
+    def _broken_handshake(self, endpoint: str) -> ConnectionEvent:
+        self._num_broken += 1
+        uses_curve = self._watched.get(zmq.MECHANISM) == zmq.CURVE
+        is_final = uses_curve and self._num_broken >= _MAX_BROKEN_HANDSHAKES
+        reason = "the server broke off the handshake"
+        if is_final:
+            reason += ": its key is another, or it does not use CURVE"
+        return ConnectionEvent("refused", endpoint, reason, is_final)
 
     def close(self) -> None:
         self._watched.disable_monitor()
         self.socket.close(linger=0)
-
-
-def _connection_event(event: int, value: int, endpoint: str) -> ConnectionEvent:
-    match event:
-        case zmq.Event.HANDSHAKE_SUCCEEDED:
-            return ConnectionEvent("ready", endpoint)
-        case zmq.Event.HANDSHAKE_FAILED_AUTH:
-            reason = f"the key is not allowed (status {value})"
-            return ConnectionEvent("refused", endpoint, reason, is_final=True)
-        case zmq.Event.HANDSHAKE_FAILED_PROTOCOL:
-            reason = _FINAL_ERRORS.get(value, f"handshake error 0x{value:08x}")
-            return ConnectionEvent("refused", endpoint, reason, is_final=value in _FINAL_ERRORS)
-        case zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
-            return ConnectionEvent("refused", endpoint, "the handshake broke off")
-        case _:
-            return ConnectionEvent("lost", endpoint)
