@@ -71,7 +71,7 @@ _CHAT_TEMPLATE = """\
 UNTRAINED = "The built-in model's weights are untrained: its words are noise. Memory, timing and proof are real."
 
 
-def build_tokenizer(vocab_size: int = 512) -> tokenizers.Tokenizer:
+def build_tokenizer(vocab_size: int = 512, corpus: Iterable[str] = _CORPUS) -> tokenizers.Tokenizer:
     """Byte-level BPE in the manner of Qwen2, with its special tokens; the same at every call."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -88,7 +88,7 @@ def build_tokenizer(vocab_size: int = 512) -> tokenizers.Tokenizer:
         special_tokens=list(SPECIAL_TOKENS),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer
 
 
@@ -158,22 +158,31 @@ def write_checkpoint(folder: Path, model_type: str, *, seed: int = 0, dtype: str
     """Write a random checkpoint of a family as a folder that loads like any other."""
     tokenizer = build_tokenizer()
     model = build_model(build_config(model_type, tokenizer), seed)
+    pixels = (56 * 56, 224 * 224)
+    save_checkpoint(folder, model, tokenizer, model_type, pixels=pixels, dtype=getattr(torch, dtype))
+
+
+def save_checkpoint(
+    folder: Path,
+    model: Any,
+    tokenizer: tokenizers.Tokenizer,
+    model_type: str,
+    *,
+    pixels: tuple[int, int],
+    dtype: torch.dtype,
+) -> None:
+    """Write a model and all that belongs to it; pixels are the least and the most that a frame is encoded at."""
     im_end, end = (tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
     model.generation_config = transformers.GenerationConfig(eos_token_id=[im_end, end], pad_token_id=end)
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(folder / "tokenizer_config.json", _tokenizer_config())
     family = FAMILIES[model_type]
     system = f"<|im_start|>system{{{{ '\\n' }}}}{family.system}<|im_end|>{{{{ '\\n' }}}}" if family.system else ""
     (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE.replace("SYSTEM", system))
-    _write_json(
-        folder / "preprocessor_config.json",
-        {
-            "image_mean": family.image_mean,
-            "image_std": family.image_std,
-            "size": {"shortest_edge": 56 * 56, "longest_edge": 224 * 224},
-        },
-    )
+    size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
+    statistics = {"image_mean": family.image_mean, "image_std": family.image_std}
+    _write_json(folder / "preprocessor_config.json", statistics | {"size": size})
 
 
 def _tokenizer_config() -> dict[str, Any]:
