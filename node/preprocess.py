@@ -58,6 +58,8 @@ def encode_size(
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise ValueError(f"a frame of {width}x{height} is more than {MAX_ASPECT_RATIO} times longer than wide")
     low = geometry.min_pixels if min_pixels is None else min_pixels
+    if max_pixels is not None:
+        low = min(low, max_pixels)  # what a stream asks for wins over the model's own bound
     high = max(low, geometry.max_pixels if max_pixels is None else max_pixels)
     wide, tall = round(width / factor) * factor, round(height / factor) * factor
     if wide * tall > high:
