@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Literal
 
 import zmq
@@ -33,10 +34,10 @@ def leave_open(socket: zmq.Socket, role: Literal["bind", "connect"], options: St
 class FrameSubscriber:
     """Receives the frames of all streams on one thread, which owns the sockets.
 
-    One SUB is bound for cameras that connect; each stream with `connect` has one of its own. Every valid frame goes to
-    `receive`, which returns whether its stream is known and must return at once. `secure` is called for each
+    One SUB is bound for cameras that connect; each stream with `connect` has one of its own. Every valid frame goes
+    to `receive`, which returns whether its stream is known and must return at once. `secure` is called for each
     socket before it is bound or connected, on the subscriber's thread. What is refused is counted in `rejected`
-    by reason: those of `decode_frame`, `unknown_stream`, and `handshake` (a connection that failed its handshake).
+    by reason: those of `decode_frame`, `unknown_stream`, and `handshake_failed`.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class FrameSubscriber:
         self._links: dict[str | None, _Link] = {}  # by stream; None is the bound socket
         self._poller = zmq.Poller()
         self._calls: Outbox[tuple[Callable[[], None], Future[None]]] = Outbox()
+        self._lock = threading.Lock()  # between those who call and the thread that ends
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="frames", daemon=True)
 
@@ -66,14 +68,18 @@ class FrameSubscriber:
         return self._rejected.counts()
 
     def start(self) -> None:
-        """Bind and begin to receive. Raises what binding raises, zmq.ZMQError above all."""
+        """Bind and begin to receive. Raises zmq.ZMQError, with nothing left open, if the endpoint cannot be had."""
         self._thread.start()
-        self._call(self._open_bound)
+        try:
+            self._call(self._open_bound)
+        except Exception:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the thread and its sockets."""
-        if self._thread.ident is not None and not self._is_closing:
-            self._call(self._stop)
+        if self._thread.is_alive():
+            self._calls.put((self._stop, Future()))
             self._thread.join()
         self._calls.close()
 
@@ -88,10 +94,11 @@ class FrameSubscriber:
 
     def _call(self, action: Callable[[], None]) -> None:
         """Do something on the subscriber's thread, and wait until it is done."""
-        if self._is_closing or self._thread.ident is None:
-            raise ClosedError("the frame subscriber is not running")
         future: Future[None] = Future()
-        self._calls.put((action, future))
+        with self._lock:
+            if self._is_closing or not self._thread.is_alive():
+                raise ClosedError("no frames are received any more")
+            self._calls.put((action, future))
         future.result()
 
     # On the subscriber's thread
@@ -111,10 +118,12 @@ class FrameSubscriber:
         except zmq.ContextTerminated:
             logger.info("the ZeroMQ context is gone, no more frames are received")
         finally:
-            self._is_closing = True
+            with self._lock:
+                self._is_closing = True
             for stream in list(self._links):
                 self._close_link(stream)
-            self._answer_calls()
+            for _, future in self._calls.take():
+                future.set_exception(ClosedError("no frames are received any more"))
 
     def _answer_calls(self) -> None:
         for action, future in self._calls.take():
@@ -188,7 +197,7 @@ class FrameSubscriber:
     def _watch(self, stream: str | None, monitor: HandshakeMonitor) -> None:
         for event in monitor.events():
             if event.kind == "refused":
-                self._reject(stream, "handshake", event.reason)
+                self._reject(stream, "handshake_failed", event.reason)
 
     def _reject(self, stream: str | None, reason: str, message: str) -> None:
         self._rejected.add(reason)
@@ -206,5 +215,7 @@ class _Link:
         self.monitor = HandshakeMonitor(self.socket)
 
     def close(self) -> None:
-        self.monitor.close()
+        with suppress(zmq.ContextTerminated):  # then there is nothing left to watch
+            self.monitor.close()
+        self.monitor.socket.close()
         self.socket.close()

@@ -97,13 +97,19 @@ class Intake:
                 raise NodeError(ErrorCode.STREAM_EXISTS, f"stream {options.name} exists")
             self._streams[options.name] = intake
         try:
-            self._subscriber.add(options)
-        except (zmq.ZMQError, OSError, ValueError) as error:
+            self._connect(options)
+        except Exception:
             with self._lock:
                 del self._streams[options.name]
+            raise
+        self._feeder.add(intake)
+
+    def _connect(self, options: StreamOptions) -> None:
+        try:
+            self._subscriber.add(options)
+        except (zmq.ZMQError, OSError, ValueError) as error:
             message = f"stream {options.name} cannot connect to {options.connect}: {error}"
             raise NodeError(ErrorCode.BAD_REQUEST, message) from error
-        self._feeder.add(intake)
 
     def remove_stream(self, name: str) -> None:
         """Take in no more frames of a stream, and forget those on their way."""

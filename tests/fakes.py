@@ -15,6 +15,7 @@ them. Knobs, all of which may be turned while it runs:
 - `capacity_tokens`: a chunk beyond it is refused as `memory_full`.
 - `fail_encode`, `fail_ask`: an exception that every chunk or question then ends with.
 - `max_waiting`: a question beyond it ends with BUSY.
+- `on_encode`: is called with the stream of each chunk that is handed over.
 - `is_ready`.
 """
 
@@ -100,6 +101,7 @@ class FakeEngine:
         self.max_waiting = max_waiting
         self.fail_encode: Exception | None = None
         self.fail_ask: Exception | None = None
+        self.on_encode: Callable[[str], object] = str
         self.is_ready = True
         self._memories: dict[str, _Memory] = {}
         self._work: deque[_Work] = deque()
@@ -149,6 +151,12 @@ class FakeEngine:
         return [picture for chunk in self.chunks(stream) for picture in chunk.pictures[: chunk.num_frames]]
 
     @property
+    def num_waiting(self) -> int:
+        """Pieces of work that have not ended."""
+        with self._wake:
+            return len(self._work)
+
+    @property
     def progress_age_ms(self) -> float:
         return (time.monotonic() - self._progress) * 1e3
 
@@ -186,6 +194,7 @@ class FakeEngine:
             yield from ()
             return Encoded(num_tokens, chunk.size, preprocess_ms=1.0, vision_ms=2.0, prefill_ms=3.0)
 
+        self.on_encode(stream)
         return self._submit(stream, steps(), is_encode=True)
 
     def reset(self, stream: str) -> Future[CacheInfo]:
@@ -270,9 +279,7 @@ class FakeEngine:
 
         return self._submit_question(request.stream, deadline, steps())
 
-    def ask_choice(
-        self, request: AskChoice, *, arrived: float, deadline: float | None = None
-    ) -> Future[Choice]:
+    def ask_choice(self, request: AskChoice, *, arrived: float, deadline: float | None = None) -> Future[Choice]:
         """The shortest option is the likeliest."""
 
         def steps() -> Iterator[None]:
@@ -383,9 +390,7 @@ class FakeEngine:
     def _take_back(self, stream: str, reason: str) -> None:
         """Refuse the chunks and cancel the questions of a stream that wait or run."""
         with self._wake:
-            taken = [
-                work for work in self._work if work.stream == stream and (work.is_encode or work.is_question)
-            ]
+            taken = [work for work in self._work if work.stream == stream and (work.is_encode or work.is_question)]
             for work in taken:
                 self._work.remove(work)
         for work in taken:

@@ -1,0 +1,153 @@
+import time
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+import pytest
+from deadline import until
+from fakes import FakeEngine
+
+from onlooker.node.feeder import Feeder
+from onlooker.node.options import StreamOptions
+from onlooker.node.stream_intake import StreamIntake
+from onlooker.protocol.codec import ReceivedFrame
+from onlooker.protocol.messages import FrameHeader
+
+JPEG = cv2.imencode(".jpg", np.zeros((8, 16, 3), np.uint8))[1].tobytes()
+
+
+@pytest.fixture
+def engine() -> Iterator[FakeEngine]:
+    with FakeEngine() as engine:
+        yield engine
+
+
+@pytest.fixture
+def feeder(engine: FakeEngine) -> Iterator[Feeder]:
+    feeder = Feeder(engine)
+    feeder.start()
+    yield feeder
+    feeder.close()
+
+
+def open_stream(engine: FakeEngine, feeder: Feeder, **options) -> StreamIntake:
+    stream = StreamOptions(**{"name": "front", "chunk_frames": 2} | options)
+    engine.add_stream(stream).result(1)
+    intake = StreamIntake(stream)
+    feeder.add(intake)
+    return intake
+
+
+def send(feeder: Feeder, intake: StreamIntake, *seqs: int, payload: bytes = JPEG, eos: bool = False, **fields) -> None:
+    for seq in seqs:
+        header = FrameHeader(
+            session="s", stream=intake.name, ts=seq * 40_000_000, enc="" if eos else "jpeg", eos=eos, **fields
+        )
+        intake.receive(ReceivedFrame(header, seq, payload))
+        feeder.wake()
+
+
+def test_frames_become_memory_in_order(engine: FakeEngine, feeder: Feeder):
+    front = open_stream(engine, feeder)
+    send(feeder, front, *range(10))
+    until(lambda: front.counters().encoded == 10)
+    assert [picture.seq for picture in engine.pictures("front")] == list(range(10))
+    assert engine.pictures("front")[0].size == (16, 8)
+
+
+def test_a_slow_engine_makes_the_ring_drop_the_oldest_and_never_more_than_two_chunks_wait(
+    engine: FakeEngine, feeder: Feeder
+):
+    front = open_stream(engine, feeder, ring_frames=4)
+    engine.hold()
+    send(feeder, front, *range(4))
+    until(lambda: engine.num_waiting == 2)
+    send(feeder, front, *range(4, 20))
+    assert front.counters().dropped == {"ring_full": 12}
+    engine.let_go()
+    until(lambda: front.counters().pending == 0)
+    assert [picture.seq for picture in engine.pictures("front")] == [0, 1, 2, 3, 16, 17, 18, 19]
+
+
+def test_a_full_engine_counts_what_it_refuses_and_goes_on_when_there_is_room(engine: FakeEngine, feeder: Feeder):
+    front = open_stream(engine, feeder)
+    engine.capacity_tokens = 16
+    send(feeder, front, *range(8))
+    until(lambda: front.counters().dropped == {"memory_full": 4})
+    send(feeder, front, *range(8, 60))
+    until(lambda: front.counters().dropped == {"memory_full": 56})
+    engine.reset("front").result(1)
+    send(feeder, front, 60, 61)
+    until(lambda: front.counters().encoded == 6)
+
+
+def test_broken_pictures_are_dropped_and_the_others_come_through(engine: FakeEngine, feeder: Feeder):
+    front = open_stream(engine, feeder)
+    send(feeder, front, 0, 1)
+    send(feeder, front, 2, payload=JPEG[:-40])
+    send(feeder, front, 3, w=17)
+    send(feeder, front, 4, 5)
+    until(lambda: front.counters().encoded == 4)
+    assert front.counters().dropped == {"decode_error": 1, "bad_size": 1}
+
+
+def test_a_new_picture_size_is_a_new_chunk(engine: FakeEngine, feeder: Feeder):
+    front = open_stream(engine, feeder, chunk_frames=4)
+    wide = cv2.imencode(".png", np.zeros((8, 32, 3), np.uint8))[1].tobytes()
+    send(feeder, front, 0, 1, 2)
+    for seq in (3, 4):
+        header = FrameHeader(session="s", stream="front", ts=seq * 40_000_000, enc="png")
+        front.receive(ReceivedFrame(header, seq, wide))
+    send(feeder, front, 5, eos=True)
+    until(lambda: front.counters().encoded == 5)
+    assert [(chunk.size, chunk.num_frames) for chunk in engine.chunks("front")] == [((16, 8), 3), ((32, 8), 2)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the device is lost"), ValueError("bad")])
+def test_an_engine_that_fails_costs_the_chunk_alone(engine: FakeEngine, feeder: Feeder, error, caplog):
+    front = open_stream(engine, feeder)
+    engine.fail_encode = error
+    send(feeder, front, 0, 1)
+    until(lambda: front.counters().dropped == {"encode_error": 2})
+    engine.fail_encode = None
+    send(feeder, front, 2, 3)
+    until(lambda: front.counters().encoded == 2)
+    assert str(error) in caplog.text
+
+
+def test_an_engine_that_raises_at_once_is_counted_too(engine: FakeEngine, feeder: Feeder, caplog):
+    front = open_stream(engine, feeder)
+    engine.on_encode = lambda stream: 1 / 0
+    send(feeder, front, 0, 1, 2, 3)
+    until(lambda: front.counters().dropped == {"encode_error": 4})
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_when_frames_are_rationed_all_streams_get_their_share(engine: FakeEngine):
+    feeder = Feeder(engine, num_decoders=1)  # 8 frames a turn
+    intakes = [open_stream(engine, feeder, name=name, chunk_frames=8) for name in ("one", "two", "three")]
+    encoded: list[str] = []
+    engine.on_encode = encoded.append
+    for intake in intakes:
+        send(feeder, intake, *range(64))
+    feeder.start()
+    until(lambda: len(encoded) == 24)
+    feeder.close()
+    assert {frozenset(encoded[n : n + 3]) for n in range(0, 6, 3)} == {frozenset(["one", "two", "three"])}
+
+
+def test_closing_does_not_wait_for_the_engine(engine: FakeEngine):
+    feeder = Feeder(engine)
+    feeder.start()
+    front = open_stream(engine, feeder)
+    engine.hold()
+    send(feeder, front, *range(20))
+    until(lambda: engine.num_waiting == 2)
+    started = time.monotonic()
+    feeder.close()
+    assert time.monotonic() - started < 1.0
+    engine.let_go()
+
+
+def test_a_feeder_that_was_never_started_can_be_closed(engine: FakeEngine):
+    Feeder(engine).close()
