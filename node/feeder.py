@@ -92,7 +92,7 @@ class Feeder:
             # Another stream is first next time: when frames are rationed, all get their share.
             self._intakes = intakes[1:] + intakes[:1]
         batches = self._take(intakes)
-        decoding = [[self._decoders.submit(_decode, timed) for timed in batch.frames] for _, batch in batches]
+        decoding = [[self._decoders.submit(decode_timed, timed) for timed in batch.frames] for _, batch in batches]
         for (intake, batch), futures in zip(batches, decoding, strict=True):
             intake.give_back(batch, [future.result() for future in futures])
         for intake in intakes:
@@ -141,7 +141,8 @@ class Feeder:
         self.wake()
 
 
-def _decode(timed: TimedFrame) -> Decoded:
+def decode_timed(timed: TimedFrame) -> Decoded:
+    """Decode a frame, and say how long it took; whatever its bytes do to a decoder becomes a PictureError."""
     started = time.perf_counter()
     try:
         pixels = decode_picture(timed.frame.header, timed.frame.payload)
