@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from .requests import Endpoint, Limits, Steps
 from .security import RefusedPeers, Security
 from .server import Server
 from .state import NodeState
-from .telemetry import MAX_SUBSCRIPTION_BYTES, Telemetry
+from .telemetry import MAX_SUBSCRIPTION_BYTES, Announce, Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +54,9 @@ class Node:
         self._config = config
         self._engine = engine
         self._should_stop = threading.Event()
-        self._context = zmq.Context(NUM_IO_THREADS)
-        self._locks: list[IpcLock] = []
-        self._intake: Intake | None = None
-        self._servers: list[Server] = []
-        self._telemetry: Telemetry | None = None
+        self._open = ExitStack()  # closes what is open, the last first
         self._state = NodeState(config)
-        self._security = Security(self._context, config.security)
+        self._security = Security(config.security)
 
     def __enter__(self) -> "Node":
         self.start()
@@ -79,9 +76,11 @@ class Node:
         return self._state.session
 
     def start(self) -> None:
-        """Bind and begin to answer. Raises StartError, with nothing left open."""
+        """Bind and begin to answer. Raises StartError, with nothing left open. A node starts only once."""
         try:
             self._start()
+            if self._engine is not None:
+                self.attach(self._engine)
         except BaseException:
             self.close()
             raise
@@ -90,15 +89,16 @@ class Node:
         self._warn_of_exposure()
         for name, endpoint in self._config.endpoints.model_dump().items():
             if endpoint.startswith("ipc://"):
-                self._locks.append(_starting(f"endpoints.{name}", partial(IpcLock, endpoint)))
-        _starting("security", self._security.start)
-        self._telemetry = self._open_telemetry()
-        self._telemetry.start()
-        for server in self._open_servers(self._telemetry):
-            self._servers.append(server)
-            server.start()
-        if self._engine is not None:
-            self.attach(self._engine)
+                lock = _starting(f"endpoints.{name}", partial(IpcLock, endpoint))
+                self._open.callback(lock.close)
+        self._context = zmq.Context(NUM_IO_THREADS)
+        self._open.callback(self._context.term)
+        _starting("security", partial(self._security.start, self._context))
+        self._open.callback(self._security.close)
+        telemetry = self._start_telemetry()
+        ask = self._start_ask(telemetry.announce)
+        self._control = Control(self._state, telemetry.announce, ask.cancel)
+        self._start_server("control", self._control.endpoints(), self._control_limits(), telemetry.announce)
 
     def attach(self, engine: EngineProtocol) -> None:
         """Give the node its engine: cameras are let in, and the configured streams are added.
@@ -107,7 +107,7 @@ class Node:
         """
         intake = Intake(engine, context=self._context, bind=self._config.endpoints.frames, secure=self._security.secure)
         _starting(f"endpoints.frames: cannot listen at {self._config.endpoints.frames}", intake.start)
-        self._intake = intake
+        self._open.callback(intake.close)
         self._state.endpoints = {**self._state.endpoints, "frames": intake.bound_endpoint or ""}
         self._state.attach(engine, intake)
         for stream in self._config.streams:
@@ -129,18 +129,7 @@ class Node:
     def close(self) -> None:
         """Answer what is open with NOT_READY, and close everything, in bounded time."""
         self.request_stop()
-        for server in self._servers:
-            server.close()
-        if self._intake is not None:
-            self._intake.close()
-        if self._telemetry is not None:
-            self._telemetry.close()
-        self._security.close()
-        self._context.term()
-        for lock in self._locks:
-            lock.close()
-        self._servers, self._intake, self._telemetry, self._locks = [], None, None, []
-        logger.info("stopped")
+        self._open.close()
 
     # Parts
 
@@ -149,35 +138,37 @@ class Node:
             for name, endpoint in self._config.exposed_endpoints().items():
                 logger.warning("insecure: anybody who reaches %s may use the %s socket", endpoint, name)
 
-    def _open_telemetry(self) -> Telemetry:
+    def _start_telemetry(self) -> Telemetry:
         socket, refused = self._listen("telemetry", zmq.XPUB, MAX_SUBSCRIPTION_BYTES)
         socket.set(zmq.XPUB_VERBOSE, 1)  # tells of every subscription: each newcomer is greeted
-        return Telemetry(socket, self._state, refused=refused, period_s=self._config.telemetry.period_s)
+        telemetry = Telemetry(socket, self._state, refused=refused, period_s=self._config.telemetry.period_s)
+        self._open.callback(telemetry.close)
+        telemetry.start()
+        return telemetry
 
-    def _open_servers(self, telemetry: Telemetry) -> list[Server]:
-        announce, settings = telemetry.announce, self._config.questions
-        questions = Questions(self._state, announce)
-        ask_limits = Limits(
+    def _start_ask(self, announce: Announce) -> Server:
+        settings, questions = self._config.questions, Questions(self._state, announce)
+        limits = Limits(
             max_open=settings.max_concurrent + settings.max_waiting,
             max_per_client=settings.max_per_client,
             default_deadline_s=settings.default_deadline_s,
             retry_after_ms=questions.retry_after_ms,
         )
-        ask = self._open_server("ask", questions.endpoints(), ask_limits, telemetry)
-        self._control = Control(self._state, announce, ask.cancel)
-        control_limits = Limits(
+        return self._start_server("ask", questions.endpoints(), limits, announce)
+
+    def _control_limits(self) -> Limits:
+        return Limits(
             max_open=MAX_OPEN_CONTROL,
             max_per_client=MAX_OPEN_CONTROL,
-            default_deadline_s=settings.default_deadline_s,
+            default_deadline_s=self._config.questions.default_deadline_s,
             retry_after_ms=lambda: CONTROL_RETRY_MS,
         )
-        return [ask, self._open_server("control", self._control.endpoints(), control_limits, telemetry)]
 
-    def _open_server(
-        self, name: str, endpoints: dict[str, Endpoint[Any]], limits: Limits, telemetry: Telemetry
+    def _start_server(
+        self, name: str, endpoints: dict[str, Endpoint[Any]], limits: Limits, announce: Announce
     ) -> Server:
         socket, refused = self._listen(name, zmq.ROUTER, MAX_REQUEST_BYTES)
-        return Server(
+        server = Server(
             socket,
             endpoints,
             node=self._config.name,
@@ -185,11 +176,14 @@ class Node:
             limits=limits,
             rejected=self._state.rejected,
             refused=refused,
-            on_internal=lambda endpoint, error_id: telemetry.announce(
-                "request_failed", f"{endpoint} failed by a defect", error_id=error_id
+            on_internal=lambda endpoint, error_id: announce(
+                "request_failed", f"{endpoint} failed by a defect of the node", error_id=error_id
             ),
             name=name,
         )
+        self._open.callback(server.close)
+        server.start()
+        return server
 
     def _listen(self, name: str, kind: int, max_message_bytes: int) -> tuple[zmq.Socket[bytes], RefusedPeers]:
         """Bind one of the sockets, secured and watched."""

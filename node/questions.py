@@ -4,12 +4,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from ..protocol.errors import ErrorCode, NodeError
 from ..protocol.messages import Answer, Ask, AskChoice, Choice, Empty, Hello, Provenance, Streams
 from .requests import Call, Endpoint, Steps
 from .state import NodeState
 from .telemetry import Announce
 
+# What a request that leaves the field out decodes to.
+DEFAULT_MAX_NEW_TOKENS = Ask(stream="", question="").max_new_tokens
 MIN_RETRY_MS = 100
 MAX_RETRY_MS = 10_000
 DEFAULT_RETRY_MS = 500  # before the first answer
@@ -39,9 +43,7 @@ class Questions:
         ask, engine = call.data, self._state.ready_engine
         self._state.check_stream(ask.stream)
         self._check_question(ask.question)
-        limit = self._state.limits.max_new_tokens
-        if ask.max_new_tokens > limit:
-            raise _bad("max_new_tokens", f"at most {limit}, got {ask.max_new_tokens}")
+        ask = self._bounded(ask)
         for name in ("temperature", "top_p"):
             if not math.isfinite(getattr(ask, name)):  # a NaN passes every comparison of the decoder
                 raise _bad(name, f"a finite number, got {getattr(ask, name)}")
@@ -71,6 +73,15 @@ class Questions:
 
     def _streams(self, call: Call[Empty]) -> Streams:
         return Streams(streams=self._state.stream_stats())
+
+    def _bounded(self, ask: Ask) -> Ask:
+        """Hold the length of an answer within the limit; who named no length gets what there is."""
+        limit = self._state.limits.max_new_tokens
+        if ask.max_new_tokens <= limit:
+            return ask
+        if ask.max_new_tokens == DEFAULT_MAX_NEW_TOKENS:
+            return msgspec.structs.replace(ask, max_new_tokens=limit)
+        raise _bad("max_new_tokens", f"at most {limit}, got {ask.max_new_tokens}")
 
     def _check_question(self, question: str) -> None:
         if not question.strip():

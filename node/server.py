@@ -43,7 +43,7 @@ from .tally import Tally
 logger = logging.getLogger(__name__)
 
 MAX_ADDRESSES = 4
-CLOSE_LINGER_MS = 200
+CLOSE_LINGER_MS = 200  # for replies that are on their way
 
 _RECEIVE_BURST = 64
 _MAX_POLL_S = 60.0
@@ -118,7 +118,7 @@ class Server:
     def close(self, timeout_s: float = 1.0) -> None:
         """Answer what is open with NOT_READY and close the socket."""
         if not self._thread.is_alive():
-            self._close_sockets()
+            self._leave()
             return
         self._outbox.put(self._stop)
         self._thread.join(timeout_s)
@@ -142,9 +142,11 @@ class Server:
             self._shielded(self._receive)
             self._shielded(self._expire)
             self._shielded(self._refused.note)
-        self._close_sockets()
+        self._leave()
 
-    def _close_sockets(self) -> None:
+    def _leave(self) -> None:
+        if self._socket.closed:
+            return
         self._refused.close()
         self._socket.close(linger=CLOSE_LINGER_MS)
         self._outbox.close()

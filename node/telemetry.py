@@ -34,7 +34,7 @@ _STATE_EVENTS = {
     "full": ("memory_full", "the memory is full: new frames are dropped, answers go on"),
     "ended": ("stream_ended", "the publisher said that no more frames follow"),
 }
-_WARNED = frozenset({"memory_full", "stream_offline", "question_failed", "trace_left"})
+_WARNED = frozenset({"memory_full", "stream_offline", "request_failed", "trace_left"})
 
 
 class Announce(Protocol):
@@ -120,6 +120,8 @@ class Telemetry:
         self._report()
 
     def _end(self) -> None:
+        if self._socket.closed:
+            return
         self._refused.close()
         self._socket.close(linger=CLOSE_LINGER_MS)
         self._outbox.close()
