@@ -17,6 +17,8 @@ from onlooker.node.model import Vision, VisionLanguageModel, load_model
 from onlooker.node.options import StreamOptions
 from onlooker.node.random_checkpoint import write_checkpoint
 
+torch.set_num_threads(1)  # models this small only lose by more, and much when the machine is busy
+
 FAMILIES = tuple(_FAMILIES)
 FRAME_NS = 500_000_000
 
