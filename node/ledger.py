@@ -58,6 +58,11 @@ class Ledger:
         return tuple(self._records)
 
     @property
+    def num_newest_tokens(self) -> int:
+        """Tokens of the newest chunk, 0 if there is none."""
+        return self._records[-1].num_tokens if self._records else 0
+
+    @property
     def marks(self) -> dict[str, Snapshot]:
         return dict(self._marks)
 

@@ -65,9 +65,11 @@ class StreamMemory:
                 Prefill([self._arena.extent(0, now.num_tokens)], (self._arena, now.num_tokens)),
             )
         except torch.OutOfMemoryError as error:
+            error.__traceback__ = None  # its frames hold the activations that must go
             _release_cached(model.device)
             raise ChunkRefused("out_of_memory", f"no device memory for {len(span)} tokens: {error}") from error
         self.ledger.append(chunk, len(span), layout)
+        self._is_full = False
         return Encoded(len(span), size, times.preprocess_ms, times.vision_ms, times.prefill_ms)
 
     def info(self) -> CacheInfo:
@@ -122,7 +124,8 @@ class StreamMemory:
     def _check_room(self, num_tokens: int, next_position: int) -> None:
         room = self._arena.capacity - self.now.num_tokens
         if num_tokens > room:
-            self._is_full = True
+            # One frame far larger than those before it, or than the whole memory, says nothing about the next.
+            self._is_full = num_tokens < 2 * self.ledger.num_newest_tokens
             raise ChunkRefused("memory_full", f"a chunk of {num_tokens} tokens does not fit, {room} are left")
         if next_position > self._model.max_positions:
             self._is_full = True
