@@ -57,10 +57,15 @@ def _nvml_handle(device: torch.device):  # type: ignore[no-untyped-def]
     """The NVML handle of a CUDA device, found by UUID (indexes differ under CUDA_VISIBLE_DEVICES)."""
     try:
         import pynvml
-
+    except ImportError as error:
+        return _without_nvml(device, error)
+    try:
         pynvml.nvmlInit()
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         return pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-    except (ImportError, AttributeError, pynvml.NVMLError) as error:
-        logger.info("no NVML for %s (%s): other processes' memory is unknown", device, error)
-        return None
+    except (AttributeError, pynvml.NVMLError) as error:
+        return _without_nvml(device, error)
+
+
+def _without_nvml(device: torch.device, why: Exception) -> None:
+    logger.info("no NVML for %s (%s): other processes' memory is unknown", device, why)
