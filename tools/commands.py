@@ -10,7 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ..protocol.errors import NoReplyError, OnlookerError
 
-EXIT_FAILED, EXIT_USAGE, EXIT_NO_REPLY = 1, 2, 3
+EXIT_FAILED, EXIT_NO_REPLY, EXIT_INTERRUPTED = 1, 3, 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,14 @@ class Commands(TyperGroup):
         super().__init__(**settings)
         self.commands = {name: TyperCommand(name, help=entry.summary) for name, entry in COMMANDS.items()}
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
         return name, load(name) if name else command, rest
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except OnlookerError as error:

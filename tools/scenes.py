@@ -227,6 +227,27 @@ def make_story(
         num = len(span.shows_s)
         place = _place_pair if num == 2 else _place_one
         things += place(rng, looks[len(things) : len(things) + num], span, moving, min_show_s)
+    return _story(rng, seed, split, things, duration_s)
+
+
+def make_plain_story(seed: int, names: Sequence[str], *, show_s: float = 1.0, split: Split = "train") -> Story:
+    """Show named things ("red circle") one after the other, each `show_s` long and still, without gaps.
+
+    Raises ValueError for a name that is no colour and shape.
+    """
+    rng = np.random.default_rng([4, split == "test", seed])
+    things: list[Thing] = []
+    for i, name in enumerate(names):
+        colour, _, shape = name.partition(" ")
+        if colour not in COLOURS or shape not in SHAPES:
+            raise ValueError(f"a thing is a colour and a shape, as in 'red circle', got {name!r}")
+        look = _Look(shape, colour, _shade(rng, getattr(COLOURS[colour], split)))
+        things += _place_one(rng, [look], _Span(((i * show_s, (i + 1) * show_s),)), 0.0, show_s)
+    return _story(rng, seed, split, things, len(names) * show_s)
+
+
+def _story(rng: np.random.Generator, seed: int, split: Split, things: list[Thing], duration_s: float) -> Story:
+    """Put things before a background, in a light, before a camera."""
     return Story(
         seed=seed,
         split=split,

@@ -24,6 +24,7 @@ from ..protocol.errors import OnlookerError
 
 if TYPE_CHECKING:
     import av
+    import av.container
     import numpy as np
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ class Video(ABC):
 
     reader: str
     fps: float | None = None  # nominal, Hz
+    duration_s: float | None = None
     num_broken = 0  # pieces of the source that could not be decoded
 
     def __init__(self, source: str) -> None:
@@ -181,6 +183,8 @@ class AvVideo(Video):
         self._stream.thread_type = "SLICE" if is_live else "AUTO"
         rate = self._stream.average_rate or self._stream.guessed_rate
         self.fps = float(rate) if rate else None
+        if self._container.duration is not None:
+            self.duration_s = self._container.duration / self._av.time_base
         self._num_untimed = 0
 
     def close(self) -> None:
@@ -237,6 +241,9 @@ class Cv2Video(Video):
         if not self._capture.isOpened():
             raise VideoError(self.source, "OpenCV cannot open it")
         self.fps = self._capture.get(self._cv2.CAP_PROP_FPS) or None
+        num_frames = self._capture.get(self._cv2.CAP_PROP_FRAME_COUNT)
+        if self.fps and num_frames > 0:
+            self.duration_s = num_frames / self.fps
 
     def close(self) -> None:
         self._capture.release()
@@ -280,9 +287,7 @@ def open_video(source: str, *, reader: ReaderName = "auto", is_live: bool = Fals
         return _open_instead(source, error)
 
 
-def read_video(
-    source: str, selection: Selection | None = None, *, reader: ReaderName = "auto"
-) -> Iterator[VideoFrame]:
+def read_video(source: str, selection: Selection | None = None, *, reader: ReaderName = "auto") -> Iterator[VideoFrame]:
     """Open a file or an address, yield its selected pictures, close it."""
     with open_video(source, reader=reader) as video:
         yield from video.read(selection)

@@ -1,0 +1,267 @@
+import itertools
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from clips import number, write_clip
+from commands import Ended, endpoint_flags, onlooker, start_onlooker
+from deadline import until
+from fakes import FakeEngine
+from nodes import running_node
+
+from onlooker.node.node import Node
+from onlooker.protocol.client import NodeClient
+from onlooker.tools.replay import stream_names, stream_slug
+
+MS = 1_000_000
+
+
+@pytest.fixture
+def engine() -> Iterator[FakeEngine]:
+    with FakeEngine() as engine:
+        yield engine
+
+
+@pytest.fixture
+def node(engine: FakeEngine) -> Iterator[Node]:
+    with running_node(engine) as node:
+        yield node
+
+
+def replay(node: Node, *arguments: object) -> Ended:
+    return onlooker("replay", *arguments, *endpoint_flags(node, "frames", "control"))
+
+
+def seen(engine: FakeEngine, stream: str = "front") -> list[int]:
+    """Numbers of the pictures in a memory."""
+    return [number(picture.pixels) for picture in engine.pictures(stream)]
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return write_clip(tmp_path / "front.mp4", 12)
+
+
+def test_every_picture_reaches_the_memory_with_the_file_s_own_time(clip: Path, engine: FakeEngine, node: Node) -> None:
+    ended = replay(node, clip, "--rate", 0, "--lossless")
+    assert ended.status == 0, ended.err
+    assert seen(engine) == list(range(12))
+    assert [(p.ts, p.ts_kind) for p in engine.pictures("front")] == [(n * 100 * MS, "media") for n in range(12)]
+
+
+def test_each_file_is_a_stream_that_is_added_to_the_node(
+    clip: Path, tmp_path: Path, engine: FakeEngine, node: Node
+) -> None:
+    other = write_clip(tmp_path / "back yard.mp4", 8)
+    ended = replay(node, clip, other, "--rate", 0, "--lossless")
+    assert ended.status == 0, ended.err
+    assert seen(engine, "front") == list(range(12))
+    assert seen(engine, "back-yard") == list(range(8))
+
+
+def test_a_stream_can_be_named(clip: Path, engine: FakeEngine, node: Node) -> None:
+    assert replay(node, clip, "--stream", "gate", "--rate", 0, "--lossless").status == 0
+    assert len(seen(engine, "gate")) == 12
+
+
+def test_lossless_loses_nothing_to_a_slow_engine_where_an_ordinary_replay_does(
+    tmp_path: Path, engine: FakeEngine
+) -> None:
+    clip = write_clip(tmp_path / "front.mp4", 30)
+    engine.encode_s = 0.04
+    with running_node(engine, stream_defaults__ring_frames=16) as node:
+        lossy = replay(node, clip, "--loops", 3, "--rate", 0, "--json").json["streams"][0]
+        lossless = replay(node, clip, "--loops", 3, "--rate", 0, "--json", "--lossless", "--in-flight", 12)
+    assert lossy["node"]["dropped"]["ring_full"] > 0
+    assert lossless.status == 0
+    assert lossless.json["streams"][0]["node"] == {
+        "received": 90,
+        "encoded": 90,
+        "pending": 0,
+        "gaps": 0,
+        "dropped": {},
+    }
+
+
+def test_frames_lost_to_a_ring_smaller_than_the_credit_are_an_error(tmp_path: Path, engine: FakeEngine) -> None:
+    clip = write_clip(tmp_path / "front.mp4", 20)
+    engine.encode_s = 0.1
+    with running_node(engine, stream_defaults__ring_frames=2) as node:
+        ended = replay(node, clip, "--rate", 0, "--lossless")
+    assert ended.status == 1
+    assert "ring_full" in ended.err
+
+
+def test_a_memory_that_is_full_is_reported_but_no_loss(clip: Path) -> None:
+    with FakeEngine(capacity_tokens=32) as engine, running_node(engine) as node:
+        ended = replay(node, clip, "--rate", 0, "--lossless", "--json")
+    assert ended.status == 0
+    assert ended.json["streams"][0]["node"]["dropped"] == {"memory_full": 4}
+
+
+def test_the_end_of_the_stream_completes_the_last_chunk(tmp_path: Path, engine: FakeEngine, node: Node) -> None:
+    clip = write_clip(tmp_path / "front.mp4", 5)
+    assert replay(node, clip, "--rate", 0, "--lossless").status == 0
+    assert seen(engine) == [0, 1, 2, 3, 4]
+    assert [chunk.num_padded for chunk in engine.chunks("front")] == [0, 1]
+
+
+def test_a_loop_shows_the_file_again_as_later_pictures(clip: Path, engine: FakeEngine, node: Node) -> None:
+    assert replay(node, clip, "--rate", 0, "--lossless", "--loops", 3).status == 0
+    assert seen(engine) == list(range(12)) * 3
+    times = [picture.stream_ns for picture in engine.pictures("front")]
+    assert {late - early for early, late in itertools.pairwise(times)} == {100 * MS}
+
+
+def test_a_replay_can_be_repeated_at_once(clip: Path, engine: FakeEngine, node: Node) -> None:
+    for _ in range(2):
+        assert replay(node, clip, "--rate", 0, "--lossless").status == 0
+    assert seen(engine) == list(range(12)) * 2
+
+
+def test_with_the_wall_clock_frames_say_when_they_were_published(clip: Path, engine: FakeEngine, node: Node) -> None:
+    before = time.time_ns()
+    assert replay(node, clip, "--rate", 0, "--lossless", "--clock", "wall").status == 0
+    times = [picture.ts for picture in engine.pictures("front")]
+    assert before < times[0] <= times[-1] < time.time_ns()
+    assert {picture.ts_kind for picture in engine.pictures("front")} == {"publish"}
+
+
+@pytest.mark.parametrize("encoding", ["jpeg", "png", "rgb8", "bgr8", "mono8"])
+def test_every_encoding_shows_the_same_picture(encoding: str, clip: Path, engine: FakeEngine, node: Node) -> None:
+    assert replay(node, clip, "--rate", 0, "--lossless", "--encoding", encoding).status == 0
+    assert seen(engine) == list(range(12))
+
+
+def test_colours_survive_every_encoding(tmp_path: Path, engine: FakeEngine, node: Node) -> None:
+    from onlooker.tools.shapes import ClipFormat, write_shapes
+
+    clip = write_shapes(tmp_path / "front.mp4", ClipFormat(width=160, height=120, scene_frames=2))
+    for encoding in ("jpeg", "png", "rgb8", "bgr8"):
+        assert replay(node, clip, "--rate", 0, "--lossless", "--encoding", encoding).status == 0
+    colours = [int(picture.pixels[60, 80].argmax()) for picture in engine.pictures("front")]
+    assert colours == [0, 0, 2, 2, 1, 1] * 4  # red, blue, green
+
+
+def test_a_part_of_a_file_can_be_played(tmp_path: Path, engine: FakeEngine, node: Node) -> None:
+    clip = write_clip(tmp_path / "front.mp4", 20)
+    part = ("--start-offset", 0.5, "--duration", 1, "--stride", 2, "--fps", 4)
+    assert replay(node, clip, "--rate", 0, "--lossless", *part).status == 0
+    assert seen(engine) == [5, 9, 11, 13]
+
+
+def test_the_rate_holds_back_and_lag_is_measured(clip: Path, node: Node) -> None:
+    played = replay(node, clip, "--rate", 5, "--json").json["streams"][0]
+    assert 0.22 <= played["seconds"] < 1  # 11 intervals of 100 ms, 5 times as fast
+    assert played["max_lag_ms"] < 500
+
+
+def test_the_summary_says_what_was_played(clip: Path, node: Node) -> None:
+    played = replay(node, clip, "--rate", 0, "--lossless", "--json").json["streams"][0]
+    assert (played["stream"], played["source"], played["sent"]) == ("front", str(clip), 12)
+    assert (played["loops"], played["broken"]) == (1, 0)
+    assert played["sent_bytes"] > 1000
+
+
+def test_a_file_that_fails_does_not_end_the_others(tmp_path: Path, engine: FakeEngine, node: Node) -> None:
+    short, long = write_clip(tmp_path / "short.mp4", 5), write_clip(tmp_path / "front.mp4", 20)
+    ended = replay(node, short, long, "--rate", 0, "--lossless", "--start-offset", 1)
+    assert ended.status == 1
+    assert "short.mp4: there is no picture in the part to play" in ended.err
+    assert seen(engine) == list(range(10, 20))
+
+
+def test_a_stream_that_is_not_to_be_added_must_be_known(clip: Path, node: Node) -> None:
+    ended = replay(node, clip, "--stream", "gate", "--no-add", "--lossless")
+    assert ended.status == 1
+    assert "UNKNOWN_STREAM" in ended.err
+
+
+def test_without_a_listener_nothing_is_sent(clip: Path, tmp_path: Path) -> None:
+    ended = onlooker("replay", clip, "--no-add", "--frames", f"ipc://{tmp_path}/nowhere", "--timeout", 0.2)
+    assert ended.status == 3
+    assert "no node asked for the frames of stream front" in ended.err
+
+
+def test_it_can_wait_for_more_nodes_than_there_are(clip: Path, node: Node) -> None:
+    assert replay(node, clip, "--wait-subscribers", 2, "--timeout", 0.3).status == 3
+
+
+def test_a_node_that_is_not_there_is_no_reply(clip: Path, tmp_path: Path) -> None:
+    nowhere = f"ipc://{tmp_path}/nowhere"
+    ended = onlooker("replay", clip, "--frames", nowhere, "--control", nowhere, "--timeout", 0.2)
+    assert ended.status == 3
+    assert "no reply" in ended.err
+
+
+def test_a_missing_file_is_named_before_anything_is_sent(tmp_path: Path) -> None:
+    ended = onlooker("replay", tmp_path / "none.mp4")
+    assert ended.status == 1
+    assert "none.mp4: there is no such file" in ended.err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--rate", -1),
+        ("--stride", 0),
+        ("--fps", 0),
+        ("--duration", 0),
+        ("--encoding", "gif"),
+        ("--frames", "localhost:5556"),
+        ("--stream", "a", "--stream", "b"),
+        ("--server-key", "none.key", "--client-key", "none.key_secret"),
+    ],
+    ids=lambda flags: flags[0] + " " + str(flags[1]),
+)
+def test_a_flag_that_cannot_work_is_a_mistake_of_the_command_line(clip: Path, flags: tuple[object, ...]) -> None:
+    assert onlooker("replay", clip, "--timeout", 0.2, *flags).status == 2
+
+
+def test_ctrl_c_ends_the_stream_for_the_node_too(clip: Path, engine: FakeEngine, node: Node) -> None:
+    command = start_onlooker("replay", clip, "--loop", "--rate", 10, *endpoint_flags(node, "frames", "control"))
+    until(lambda: len(engine.pictures("front")) > 12, 20)
+    command.send_signal(signal.SIGINT)
+    out, err = command.communicate(timeout=10)
+    assert command.returncode == 130, err
+    assert out.startswith("front: ")
+    assert "Traceback" not in err
+    with NodeClient(node.endpoints["ask"], node.endpoints["control"]) as client:
+        assert client.streams()[0].state == "ended"
+
+
+def test_keys_open_a_node_that_requires_them(clip: Path, tmp_path: Path, engine: FakeEngine) -> None:
+    for name in ("node", "camera", "stranger"):
+        assert onlooker("keygen", tmp_path / name, name).status == 0
+    security = {"security__curve": "required", "security__client_keys": str(tmp_path / "camera")}
+    with running_node(engine, security__server_key=str(tmp_path / "node" / "node.key_secret"), **security) as node:
+        server_key = ("--server-key", tmp_path / "node" / "node.key")
+        known = replay(
+            node, clip, "--rate", 0, "--lossless", *server_key, "--client-key", tmp_path / "camera/camera.key_secret"
+        )
+        stranger = replay(node, clip, *server_key, "--client-key", tmp_path / "stranger/stranger.key_secret")
+    assert known.status == 0, known.err
+    assert seen(engine) == list(range(12))
+    assert stranger.status == 1
+    assert "not allowed" in stranger.err
+
+
+@pytest.mark.parametrize(
+    ("video", "name"),
+    [
+        ("videos/gate.mp4", "gate"),
+        ("back yard (1).mkv", "back-yard-1"),
+        ("...mp4", "video"),
+        ("http://camera/live/door.mjpeg?user=x", "door"),
+        ("é.mp4", "video"),
+        ("x" * 100 + ".mp4", "x" * 64),
+    ],
+)
+def test_a_stream_is_named_after_its_file(video: str, name: str) -> None:
+    assert stream_slug(video) == name
+
+
+def test_files_of_one_name_get_streams_of_their_own() -> None:
+    assert stream_names(["a/x.mp4", "b/x.mp4", "x-2.mp4"], []) == ["x", "x-2", "x-2-2"]

@@ -1,0 +1,386 @@
+"""Playing one video file as one stream: when each picture is due, how many may be on their way, what became of them."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ..protocol.camera import FramePublisher
+from ..protocol.client import NodeClient
+from ..protocol.errors import ErrorCode, NodeError, NoReplyError, OnlookerError
+from ..protocol.interface import VideoMemory
+from ..protocol.messages import FrameCounters, StreamSpec, StreamStats
+from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT, FRAMES_ENDPOINT
+from .connection import Keys, open_client, usable_keys
+from .feed import Clock, Encoding, Feed, Stamp
+from .video import NS_PER_S, ReaderName, Selection, Video, VideoError, open_video
+
+# Below the ring of a node with default settings, above the pictures of the largest chunk.
+LOSSLESS_IN_FLIGHT = 16
+POLL_S = 0.01
+STALLED_AFTER_S = 60.0
+SETTLE_S = 5.0
+# A loop goes on one picture after its last one, also where the file does not say at which rate.
+_DEFAULT_FPS = 25.0
+
+
+class NoSubscriberError(NoReplyError):
+    """No node asks for the frames of a stream."""
+
+    def __init__(self, stream: str, endpoint: str, timeout_s: float) -> None:
+        super().__init__(endpoint, timeout_s)
+        self.args = (f"no node asked for the frames of stream {stream} at {endpoint} within {timeout_s:g} s",)
+
+
+class StalledError(OnlookerError):
+    """The node has stopped to take frames."""
+
+    def __init__(self, stats: StreamStats) -> None:
+        super().__init__(
+            f"stream {stats.stream} has taken no frame for {STALLED_AFTER_S:g} s: "
+            f"it is {stats.state}, {stats.frames.pending} frames are pending"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PlaybackOptions:
+    """What is played of a file, how fast, and how it is sent.
+
+    Raises ValueError, naming the field, for a value that cannot work.
+    """
+
+    selection: Selection = field(default_factory=Selection)
+    reader: ReaderName = "auto"
+    rate: float = 1.0  # 0: as fast as possible
+    num_loops: int = 1  # 0: for ever
+    clock: Clock = "media"
+    encoding: Encoding = "jpeg"
+    jpeg_quality: int = 90
+
+    def __post_init__(self) -> None:
+        if self.rate < 0:
+            raise ValueError(f"rate must not be negative, got {self.rate:g}")
+        if self.num_loops < 0:
+            raise ValueError(f"loops must not be negative, got {self.num_loops}")
+
+    def media_fps(self, video_fps: float | None) -> float | None:
+        """The rate of the pictures taken, on the file's clock, if the file says its own."""
+        if not video_fps:
+            return None
+        fps = video_fps / self.selection.stride
+        return fps if self.selection.fps is None else min(fps, self.selection.fps)
+
+    @property
+    def speed(self) -> float:
+        """How much faster than the file's the clock runs whose times are sent."""
+        return self.rate if self.rate and self.clock == "wall" else 1.0
+
+
+class Arrivals(msgspec.Struct, frozen=True, kw_only=True):
+    """What the node did with the frames of a playback, by its own counters."""
+
+    received: int
+    encoded: int
+    pending: int
+    gaps: int
+    dropped: dict[str, int]
+
+    @classmethod
+    def between(cls, before: FrameCounters, after: FrameCounters) -> Arrivals:
+        """What was counted from one reading to a later one."""
+        dropped = {reason: num - before.dropped.get(reason, 0) for reason, num in after.dropped.items()}
+        return cls(
+            received=after.received - before.received,
+            encoded=after.encoded - before.encoded,
+            pending=after.pending,
+            gaps=after.gaps - before.gaps,
+            dropped={reason: num for reason, num in dropped.items() if num},
+        )
+
+    @property
+    def num_lost(self) -> int:
+        """Frames that were meant for the memory and that it might have held."""
+        on_purpose = ("sampled", "memory_full", "paused", "reset", "removed")
+        return self.gaps + sum(num for reason, num in self.dropped.items() if reason not in on_purpose)
+
+
+class Account:
+    """Follows the frames of one publisher's session through the node's counters.
+
+    With `max_in_flight` it also gives credit: `wait` returns once the node has let go of all but so many of the
+    frames that were sent, so that no ring of the node overflows. Raises the client's errors and StalledError.
+    """
+
+    def __init__(self, node: VideoMemory, publisher: FramePublisher, max_in_flight: int | None = None) -> None:
+        self._node = node
+        self._publisher = publisher
+        self._max_in_flight = max_in_flight
+        self._before = self._stats().frames
+        self._num_done = 0
+
+    def wait(self, num_sent: int, stop: threading.Event) -> None:
+        """Wait for credit for one more frame, or until `stop` is set."""
+        if self._max_in_flight is not None:
+            self._wait_done(num_sent + 1 - self._max_in_flight, stop)
+
+    def settle(self, num_sent: int, stop: threading.Event) -> Arrivals:
+        """Wait until the node is through with everything sent, and say what became of it.
+
+        Without credit frames may have been lost on the way: then the wait ends after some seconds.
+        """
+        if self._max_in_flight is not None:
+            self._wait_done(num_sent, stop)
+        else:
+            deadline = time.monotonic() + SETTLE_S
+            while self._refreshed(self._stats()) < num_sent and time.monotonic() < deadline:
+                if stop.wait(POLL_S):
+                    break
+        return Arrivals.between(self._before, self._stats().frames)
+
+    def _wait_done(self, num_wanted: int, stop: threading.Event) -> None:
+        progressed = time.monotonic()
+        while self._num_done < num_wanted:
+            num_before, stats = self._num_done, self._stats()
+            if self._refreshed(stats) > num_before:
+                progressed = time.monotonic()
+            elif time.monotonic() - progressed > STALLED_AFTER_S:
+                raise StalledError(stats)
+            elif stop.wait(POLL_S):
+                return
+
+    def _refreshed(self, stats: StreamStats) -> int:
+        """How many frames of this session the node is through with."""
+        frames = stats.frames
+        if frames.last_session == self._publisher.session and isinstance(frames.last_seq, int):
+            self._num_done = max(self._num_done, frames.last_seq + 1 - frames.pending)
+        return self._num_done
+
+    def _stats(self) -> StreamStats:
+        name = self._publisher.stream
+        for stats in self._node.streams():
+            if stats.stream == name:
+                return stats
+        raise NodeError(ErrorCode.UNKNOWN_STREAM, f"the node has no stream {name}")
+
+
+class Played(msgspec.Struct, frozen=True, kw_only=True):
+    """What was played of one file."""
+
+    stream: str
+    source: str
+    sent: int
+    sent_bytes: int
+    loops: int
+    seconds: float
+    fps: float
+    max_lag_ms: float
+    broken: int
+    node: Arrivals | None
+
+
+@dataclass(eq=False, slots=True)
+class Position:
+    """Where a playback is; written by its thread alone, for others to look at."""
+
+    num_sent: int = 0
+    num_bytes: int = 0
+    num_loops: int = 0
+    num_broken: int = 0
+    played_s: float = 0.0
+    lag_s: float = 0.0
+    max_lag_s: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def fps(self) -> float:
+        elapsed = time.monotonic() - self.started
+        return self.num_sent / elapsed if elapsed > 0 else 0.0
+
+
+class Playback:
+    """Publishes the pictures of a file, each when it is due, then the end of the stream."""
+
+    def __init__(
+        self,
+        video: Video,
+        publisher: FramePublisher,
+        options: PlaybackOptions,
+        stop: threading.Event,
+        account: Account | None = None,
+    ) -> None:
+        """Takes an open video; it is closed by `run`. `stop` ends the playback early."""
+        self._video = video
+        self._publisher = publisher
+        self._options = options
+        self._stop = stop
+        self._account = account
+        fps = options.media_fps(video.fps)
+        self._interval_ns = round(NS_PER_S / (fps or _DEFAULT_FPS))
+        self._feed = Feed(
+            publisher, options.encoding, jpeg_quality=options.jpeg_quality, fps=fps and fps * options.speed
+        )
+        self.position = Position()
+
+    @property
+    def stream(self) -> str:
+        return self._publisher.stream
+
+    @property
+    def total_s(self) -> float | None:
+        """Seconds of the file that are to be played, if they can be told."""
+        selection, duration_s = self._options.selection, self._video.duration_s
+        left_s = None if duration_s is None else max(0.0, duration_s - selection.start_s)
+        if selection.duration_s is not None:
+            left_s = min(selection.duration_s, left_s or selection.duration_s)
+        return left_s * self._options.num_loops if left_s and self._options.num_loops else None
+
+    def run(self) -> Played:
+        """Play until the end, and wait for the node's account of it.
+
+        Raises VideoError, and the errors of the publisher and the client.
+        """
+        self.position.started = time.monotonic()
+        try:
+            self._play_loops()
+        finally:
+            self._video.close()
+        seconds = time.monotonic() - self.position.started
+        # The end of the stream has a number of its own, as every message.
+        self._publisher.end()
+        arrivals = self._account.settle(self._feed.num_sent + 1, self._stop) if self._account else None
+        return self._played(seconds, arrivals)
+
+    def _play_loops(self) -> None:
+        base_ns = 0
+        for loop in itertools.count():
+            num_before = self._feed.num_sent
+            base_ns = self._play(self._video, loop, base_ns) + self._interval_ns
+            self.position.num_loops = loop + 1
+            self.position.num_broken += self._video.num_broken
+            if self._stop.is_set() or self.position.num_loops == self._options.num_loops:
+                return
+            if self._feed.num_sent == num_before:
+                raise VideoError(self._video.source, "there is no picture in the part to play")
+            self._video.close()
+            self._video = open_video(self._video.source, reader=self._options.reader)
+
+    def _play(self, video: Video, loop: int, base_ns: int) -> int:
+        """Play once, beginning at `base_ns` of the playback; return the playback's time of the last picture."""
+        played_ns, first_ns = base_ns, None
+        for frame in video.read(self._options.selection):
+            first_ns = frame.media_ns if first_ns is None else first_ns
+            played_ns = base_ns + frame.media_ns - first_ns
+            self._wait(played_ns)
+            if self._stop.is_set():
+                break
+            self._feed.send(frame.pixels, self._stamp(frame.media_ns, loop))
+            self._note(played_ns)
+        if first_ns is None and loop == 0:
+            raise VideoError(video.source, "there is no picture in the part to play")
+        return played_ns
+
+    def _wait(self, played_ns: int) -> None:
+        """Wait until a picture is due and, with credit, until there is room for it."""
+        due = self._due(played_ns)
+        if due is not None:
+            self._stop.wait(max(0.0, due - time.monotonic()))
+        if self._account:
+            self._account.wait(self._feed.num_sent, self._stop)
+        if due is not None:
+            self.position.lag_s = max(0.0, time.monotonic() - due)
+            self.position.max_lag_s = max(self.position.max_lag_s, self.position.lag_s)
+
+    def _due(self, played_ns: int) -> float | None:
+        """When to send a picture, in `time.monotonic()` seconds; None for at once."""
+        rate = self._options.rate
+        return self.position.started + played_ns / NS_PER_S / rate if rate else None
+
+    def _stamp(self, media_ns: int, loop: int) -> Stamp:
+        is_looped = self._options.num_loops != 1
+        if self._options.clock == "wall":
+            return Stamp(time.time_ns(), "publish")
+        return Stamp(media_ns, "media", loop if is_looped else None)
+
+    def _note(self, played_ns: int) -> None:
+        self.position.num_sent = self._feed.num_sent
+        self.position.num_bytes = self._feed.num_bytes
+        self.position.played_s = played_ns / NS_PER_S
+
+    def _played(self, seconds: float, arrivals: Arrivals | None) -> Played:
+        position = self.position
+        return Played(
+            stream=self._publisher.stream,
+            source=self._video.source,
+            sent=position.num_sent,
+            sent_bytes=position.num_bytes,
+            loops=position.num_loops,
+            seconds=seconds,
+            fps=position.num_sent / seconds,
+            max_lag_ms=position.max_lag_s * 1000,
+            broken=position.num_broken,
+            node=arrivals,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """How the playbacks reach a node. With `max_in_flight` they wait for it, and lose no frame."""
+
+    frames: str = FRAMES_ENDPOINT
+    is_bound: bool = False  # the publisher listens, and the node connects to it
+    control: str = CONTROL_ENDPOINT
+    keys: Keys = field(default_factory=Keys)
+    timeout_s: float = 10.0
+    num_subscribers: int = 1
+    max_in_flight: int | None = None
+    adds_streams: bool = True
+
+    def publisher(self, stream: str) -> FramePublisher:
+        """Open the publisher of a stream."""
+        with usable_keys():
+            return FramePublisher(
+                stream,
+                bind=self.frames if self.is_bound else None,
+                connect=None if self.is_bound else self.frames,
+                server_key=self.keys.server,
+                client_key=self.keys.client,
+                lossless=self.max_in_flight is not None,
+            )
+
+
+@contextmanager
+def open_playbacks(
+    sources: Mapping[str, str], options: PlaybackOptions, link: Link, stop: threading.Event
+) -> Iterator[list[Playback]]:
+    """Open the video of each stream, add the streams the node does not know, and wait until it listens.
+
+    Raises VideoError, the client's and the publisher's errors, and NoSubscriberError.
+    """
+    with ExitStack() as stack:
+        videos = {
+            name: stack.enter_context(open_video(source, reader=options.reader)) for name, source in sources.items()
+        }
+        node: NodeClient | None = None
+        if link.adds_streams or link.max_in_flight is not None:
+            node = stack.enter_context(open_client(ASK_ENDPOINT, link.control, link.keys, link.timeout_s))
+        if node and link.adds_streams:
+            for name in sources.keys() - set(node.stream_names()):
+                node.add_stream(StreamSpec(stream=name))
+        playbacks = []
+        for name, video in videos.items():
+            publisher = stack.enter_context(link.publisher(name))
+            _wait_for_node(publisher, link)
+            account = Account(node, publisher, link.max_in_flight) if node else None
+            playbacks.append(Playback(video, publisher, options, stop, account))
+        yield playbacks
+
+
+def _wait_for_node(publisher: FramePublisher, link: Link) -> None:
+    if not publisher.wait_for_subscriber(link.timeout_s, count=link.num_subscribers):
+        raise NoSubscriberError(publisher.stream, publisher.endpoint, link.timeout_s)

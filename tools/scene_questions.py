@@ -1,0 +1,817 @@
+"""Questions about a story of `scenes.py` as far as its frames were shown, with the right answer and wrong ones.
+
+A thing counts as seen when at least one of the frames shown has it; "now" is the newest of them.
+
+    story = make_story(7)
+    quiz = ask_about(story, np.arange(0, 12, 0.5), np.random.default_rng(0), kind="first")
+    quiz.question, quiz.answer  # "Which thing appeared first?", "a red circle"
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .scenes import COLOURS, DIRECTIONS, PLACES, SHAPES, Split, Story, Thing, make_plain_story
+
+Phrasing = Literal["train", "test"]
+
+NUM_OPTIONS = 4
+MAX_LISTED = 6  # longer lists are asked of nobody
+MAX_COUNT = 12
+MIN_MOVE = 0.08  # of the frame; what moved less while in view is not asked about
+MAX_ASIDE = 0.07  # from the middle of the frame, for a thing in the "middle"
+MIN_ASIDE = 0.13  # for one on the left, right, top or bottom
+NOTHING_SEEN_SHARE = 0.25  # how often yes or no is asked where only "no" can be right
+
+NOTHING_NOW = "nothing"
+NOTHING_YET = "nothing yet"
+
+
+@dataclass(frozen=True, slots=True)
+class Quiz:
+    """A question with its one right answer; `options` has it once among wrong ones, in random order."""
+
+    kind: str
+    question: str
+    answer: str
+    options: tuple[str, ...]
+
+
+class Wording(NamedTuple):
+    """Ways to say one question: those trained on, and others made of the same words."""
+
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+WORDINGS: dict[str, Wording] = {
+    "colour_now": Wording(
+        (
+            "What colour is it?",
+            "What colour is the shape?",
+            "Which colour is the shape you see now?",
+            "Tell me the colour of the thing in view.",
+            "What color is the object right now?",
+            "Please name its colour.",
+            "What is the color of what you see now?",
+            "Which color does it have at the moment?",
+        ),
+        (
+            "Which colour does it have right now?",
+            "Please tell me the color of the shape in view.",
+            "What is the colour of the object you see now?",
+        ),
+    ),
+    "shape_now": Wording(
+        (
+            "What shape is it?",
+            "Which shape do you see now?",
+            "Tell me the shape of the thing in view.",
+            "What is the shape of the object right now?",
+            "Please name its shape.",
+            "Which shape is visible now?",
+            "What is the shape of what you see now?",
+            "Which shape does it have at the moment?",
+        ),
+        (
+            "Which shape is it now?",
+            "Please tell me the shape of the object in view.",
+            "What shape does it have right now?",
+        ),
+    ),
+    "what_now": Wording(
+        (
+            "What do you see now?",
+            "What is in view right now?",
+            "Tell me what is visible now.",
+            "What can you see at the moment?",
+            "Please describe what is there now.",
+            "What does the camera show now?",
+            "Describe the newest frame.",
+            "What is there right now?",
+        ),
+        (
+            "What can you see right now?",
+            "Please tell me what is in view at the moment.",
+            "Describe what the camera can see now.",
+        ),
+    ),
+    "where_now": Wording(
+        (
+            "Where is it?",
+            "Where in the frame is it now?",
+            "In which part of the frame is it?",
+            "Tell me where it is now.",
+            "Please say where the thing is.",
+            "Where is the shape right now?",
+            "Where can you see the object now?",
+        ),
+        (
+            "Where is the object in the frame?",
+            "Please tell me where the shape is now.",
+            "In which part of the frame is the thing right now?",
+        ),
+    ),
+    "where_now of x": Wording(
+        (
+            "Where is the {x}?",
+            "Where is the {x} now?",
+            "In which part of the frame is the {x}?",
+            "Tell me where the {x} is.",
+            "Please say where the {x} is now.",
+            "Where can you see the {x} right now?",
+        ),
+        ("Where in the frame is the {x}?", "Please tell me where you see the {x} now."),
+    ),
+    "first": Wording(
+        (
+            "What was the first thing?",
+            "What did you see first?",
+            "Which thing appeared first?",
+            "Tell me the first shape you saw.",
+            "Please name the first object.",
+            "What came first?",
+            "What was the first shape?",
+            "What is the first thing that the camera did show?",
+        ),
+        (
+            "Which object did you see first?",
+            "Please tell me what appeared first.",
+            "Which shape came first?",
+        ),
+    ),
+    "last": Wording(
+        (
+            "What was the last thing?",
+            "What did you see last?",
+            "Which thing appeared last?",
+            "Tell me the last shape you saw.",
+            "Please name the last object.",
+            "What came last?",
+            "What was the last shape?",
+            "What is the last thing that the camera did show?",
+        ),
+        (
+            "Which object did you see last?",
+            "Please tell me what appeared last.",
+            "Which shape came last?",
+        ),
+    ),
+    "after_x": Wording(
+        (
+            "What came after the {x}?",
+            "Which thing appeared after the {x}?",
+            "What did you see after the {x}?",
+            "Tell me what came right after the {x}.",
+            "Please name the next thing after the {x}.",
+            "After the {x}, what appeared?",
+            "Which shape came next after the {x}?",
+        ),
+        (
+            "What was the next thing after the {x}?",
+            "Please tell me which shape you saw after the {x}.",
+            "What appeared right after the {x}?",
+        ),
+    ),
+    "before_x": Wording(
+        (
+            "What came before the {x}?",
+            "Which thing appeared before the {x}?",
+            "What did you see before the {x}?",
+            "Tell me what came right before the {x}.",
+            "Please name the thing just before the {x}.",
+            "Before the {x}, what appeared?",
+            "Which shape came just before the {x}?",
+        ),
+        (
+            "What was the thing right before the {x}?",
+            "Please tell me which shape you saw before the {x}.",
+            "What appeared just before the {x}?",
+        ),
+    ),
+    "all_in_order": Wording(
+        (
+            "What have you seen so far?",
+            "What have you seen so far, in order?",
+            "Which shapes have you seen so far?",
+            "List all things in the order they appeared.",
+            "Tell me everything that appeared, in order.",
+            "Please name all the shapes so far, from first to last.",
+            "Which things appeared, from first to last?",
+            "List everything you have seen.",
+        ),
+        (
+            "Which things have you seen so far?",
+            "Please list all the shapes in the order they appeared.",
+            "Tell me everything you have seen, from first to last.",
+        ),
+    ),
+    "how_many": Wording(
+        (
+            "How many different things have you seen?",
+            "How many different shapes have appeared so far?",
+            "Tell me how many different things appeared.",
+            "How many things have you seen so far?",
+            "Please count the different things so far.",
+            "What is the number of different objects so far?",
+            "Count all the different objects you have seen.",
+        ),
+        (
+            "How many different objects have you seen so far?",
+            "Please tell me how many things have appeared.",
+            "What is the number of different things you have seen?",
+        ),
+    ),
+    "seen_x": Wording(
+        (
+            "Have you seen {x}?",
+            "Did you see {x}?",
+            "Has {x} appeared?",
+            "Was there {x} so far?",
+            "Did {x} appear at any time?",
+            "Tell me if you have seen {x}.",
+            "Has there been {x}?",
+            "Please say whether {x} has appeared.",
+        ),
+        (
+            "Have you seen {x} at any time?",
+            "Has {x} appeared so far?",
+            "Please tell me whether you have seen {x}.",
+        ),
+    ),
+    "visible_x": Wording(
+        (
+            "Is there {x} now?",
+            "Can you see {x} right now?",
+            "Is {x} visible now?",
+            "Is {x} in view at the moment?",
+            "Do you see {x} now?",
+            "Tell me if {x} is there now.",
+            "Does the camera show {x} right now?",
+            "Please say whether {x} is visible at the moment.",
+        ),
+        (
+            "Is there {x} in view right now?",
+            "Do you see {x} at the moment?",
+            "Please tell me whether {x} is visible now.",
+        ),
+    ),
+    "when_x": Wording(
+        (
+            "When did the {x} appear?",
+            "At what time did the {x} appear?",
+            "When did you first see the {x}?",
+            "At which second did the {x} appear?",
+            "Tell me when the {x} appeared.",
+            "Please say at what time you first saw the {x}.",
+            "When was the {x} first visible?",
+        ),
+        (
+            "At which second did you first see the {x}?",
+            "Please tell me when you saw the {x}.",
+            "At what time was the {x} first visible?",
+        ),
+    ),
+    "motion_now": Wording(
+        (
+            "Is it moving, and which way?",
+            "Which way is it moving?",
+            "Is the thing moving or still?",
+            "Tell me how it moves now.",
+            "How does the shape move?",
+            "In which direction is the object moving right now?",
+            "Please say whether it is moving or still.",
+        ),
+        (
+            "Is the shape moving, and which way?",
+            "Please tell me how the object moves.",
+            "In which direction is it moving now?",
+        ),
+    ),
+    "motion_now of x": Wording(
+        (
+            "Is the {x} moving, and which way?",
+            "Which way is the {x} moving?",
+            "Is the {x} moving or still?",
+            "Tell me how the {x} moves now.",
+            "How does the {x} move?",
+            "Please say whether the {x} is moving or still.",
+        ),
+        ("Please tell me how the {x} moves.", "In which direction is the {x} moving now?"),
+    ),
+    "colour_of_shape": Wording(
+        (
+            "What colour was the {x}?",
+            "Which colour did the {x} have?",
+            "Tell me the colour of the {x} you saw.",
+            "What was the color of the {x}?",
+            "Please name the colour of the {x}.",
+            "You saw a {x}. What colour was it?",
+            "What color did the {x} have?",
+        ),
+        (
+            "Please tell me what colour the {x} was.",
+            "Which color was the {x} you saw?",
+            "What was the colour of the {x} you have seen?",
+        ),
+    ),
+}
+
+
+def is_right(quiz: Quiz, text: str) -> bool:
+    """Whether a text is the answer: case, spaces, articles and a final full stop apart, word for word.
+
+    Of two things that are in view together, either may be named first.
+    """
+    given, wanted = _plain(text), _plain(quiz.answer)
+    if quiz.kind == "what_now" and len(parts := wanted.split(" and ")) == 2:
+        return given in (wanted, " and ".join(reversed(parts)))
+    return given == wanted
+
+
+def _plain(text: str) -> str:
+    words = text.strip().removesuffix(".").lower().replace(",", " , ").split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+def with_article(name: str) -> str:
+    """As in "a red circle" and "an orange circle"."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def place_of(x: float, y: float) -> str | None:
+    """Where in the frame a centre is, one of PLACES, or None between them."""
+    across, down = x - 0.5, y - 0.5
+    far, near = max(abs(across), abs(down)), min(abs(across), abs(down))
+    if far <= MAX_ASIDE:
+        return "middle"
+    if far < MIN_ASIDE or near > far / 2:
+        return None
+    if abs(across) > abs(down):
+        return "left" if across < 0 else "right"
+    return "top" if down < 0 else "bottom"
+
+
+class _Run(NamedTuple):
+    """One appearance as the frames shown have it: the indices of the first and the last frame with it."""
+
+    thing: Thing
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        return self.thing.name
+
+
+class _Seen:
+    """What the frames shown of a story amount to."""
+
+    def __init__(self, story: Story, times_s: npt.NDArray[np.float64]) -> None:
+        self.times_s = times_s
+        self.runs: list[_Run] = []  # by first frame, then in the story's order
+        for thing in story.things:
+            first, until = np.searchsorted(times_s, (thing.start_s, thing.end_s)).tolist()
+            if first < until:
+                self.runs.append(_Run(thing, first, until - 1))
+        self.runs.sort(key=lambda run: run.first)
+
+    @property
+    def now_s(self) -> float:
+        return float(self.times_s[-1])
+
+    @property
+    def visible(self) -> list[_Run]:
+        return [run for run in self.runs if run.last == len(self.times_s) - 1]
+
+    @property
+    def names(self) -> list[str]:
+        """The different things, in the order in which they first appeared."""
+        return list(dict.fromkeys(run.name for run in self.runs))
+
+    def is_alone(self, index: int) -> bool:
+        """Whether no other run begins in the same frame as this one."""
+        return all(run.first != self.runs[index].first for i, run in enumerate(self.runs) if i != index)
+
+    def once(self) -> list[int]:
+        """Indices of the runs of things that appeared once."""
+        times = Counter(run.name for run in self.runs)
+        return [i for i, run in enumerate(self.runs) if times[run.name] == 1]
+
+
+class _Draft(NamedTuple):
+    """A question before it is worded: its answer, wrong answers (the likeliest mistakes first), its `{x}`."""
+
+    answer: str
+    wrong: Iterable[str]
+    x: str | None = None
+    form: str | None = None  # a key of WORDINGS, where it is not the kind
+
+
+def ask_about(
+    story: Story,
+    frame_times_s: npt.ArrayLike,
+    rng: np.random.Generator,
+    *,
+    kind: str | None = None,
+    clock: bool = True,
+    phrasings: Phrasing = "train",
+) -> Quiz | None:
+    """Ask something about the frames shown so far, oldest first, of one kind or of any kind that fits.
+
+    None when the kind makes no sense there, or more than one answer could be defended. Seconds count from the first
+    frame; without a `clock` nobody is asked for them.
+    """
+    times_s = np.asarray(frame_times_s, np.float64)
+    if len(times_s) == 0:
+        raise ValueError("no frame was shown: there is no now to ask about")
+    seen = _Seen(story, times_s)
+    kinds = [kind] if kind else [KINDS[i] for i in rng.permutation(len(KINDS))]
+    for candidate in kinds:
+        if candidate == "when_x" and not clock:
+            continue
+        if draft := _DRAFTS[candidate](seen, rng):
+            return _worded(candidate, draft, rng, phrasings)
+    return None
+
+
+def _worded(kind: str, draft: _Draft, rng: np.random.Generator, phrasings: Phrasing) -> Quiz:
+    choices: tuple[str, ...] = getattr(WORDINGS[draft.form or kind], phrasings)
+    question = choices[rng.integers(len(choices))]
+    if draft.x is not None:
+        question = question.format(x=draft.x)
+    return Quiz(kind, question, draft.answer, _options(kind, draft, rng))
+
+
+def _options(kind: str, draft: _Draft, rng: np.random.Generator) -> tuple[str, ...]:
+    """The answer and the first wrong ones that differ from it and from each other, shuffled."""
+    options = [draft.answer]
+    for text in draft.wrong:
+        if len(options) == NUM_OPTIONS:
+            break
+        if not any(is_right(Quiz(kind, "", option, ()), text) for option in options):
+            options.append(text)
+    return tuple(options[i] for i in rng.permutation(len(options)))
+
+
+def _shuffled(rng: np.random.Generator, items: Sequence[str]) -> list[str]:
+    return [items[i] for i in rng.permutation(len(items))]
+
+
+def _any_name(rng: np.random.Generator) -> str:
+    colours = tuple(COLOURS)
+    return f"{colours[rng.integers(len(colours))]} {SHAPES[rng.integers(len(SHAPES))]}"
+
+
+def _wrong_words(rng: np.random.Generator, seen: Iterable[str], known: Iterable[str]) -> Iterator[str]:
+    """Single words, one that was seen first: the likeliest mistake."""
+    yield from _shuffled(rng, list(dict.fromkeys(seen)))[:2]
+    yield from _shuffled(rng, list(known))
+
+
+def _wrong_things(rng: np.random.Generator, right: str | None, seen: _Seen, nothing: str) -> Iterator[str]:
+    """Things: some that were seen, half-right ones, any, and at times that there was none."""
+    if right is not None and rng.random() < 0.3:
+        yield nothing
+    names = [name for name in seen.names if name != right]
+    yield from map(with_article, _shuffled(rng, names)[: rng.integers(1, NUM_OPTIONS)])
+    if right is not None:
+        yield with_article(_half_right(rng, right))
+    while True:
+        yield with_article(_any_name(rng))
+
+
+def _half_right(rng: np.random.Generator, name: str) -> str:
+    """Another thing of the same shape or of the same colour."""
+    colour, shape = name.split()
+    if rng.random() < 0.5:
+        return f"{_other(rng, tuple(COLOURS), colour)} {shape}"
+    return f"{colour} {_other(rng, SHAPES, shape)}"
+
+
+def _other(rng: np.random.Generator, words: Sequence[str], word: str) -> str:
+    rest = [other for other in words if other != word]
+    return rest[rng.integers(len(rest))]
+
+
+def _colour_now(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+    if len(seen.visible) != 1:
+        return None
+    return _Draft(seen.visible[0].thing.colour, _wrong_words(rng, (run.thing.colour for run in seen.runs), COLOURS))
+
+
+def _shape_now(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+    if len(seen.visible) != 1:
+        return None
+    return _Draft(seen.visible[0].thing.shape, _wrong_words(rng, (run.thing.shape for run in seen.runs), SHAPES))
+
+
+def _what_now(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+    names = [run.name for run in _in_reading_order(seen)]
+    if len(names) < 2:
+        answer = with_article(names[0]) if names else NOTHING_NOW
+        return _Draft(answer, _wrong_things(rng, names[0] if names else None, seen, NOTHING_NOW))
+    return _Draft(_pair(names), _wrong_pairs(rng, names, seen))
+
+
+def _in_reading_order(seen: _Seen) -> list[_Run]:
+    """What is in view: left before right where it stands side by side, else top before bottom."""
+    runs = seen.visible
+    if len(runs) < 2:
+        return runs
+    (xa, ya), (xb, yb) = (run.thing.position_at(seen.now_s) for run in runs)
+    swapped = xa > xb if abs(xa - xb) >= abs(ya - yb) else ya > yb
+    return runs[::-1] if swapped else runs
+
+
+def _pair(names: Sequence[str]) -> str:
+    return " and ".join(map(with_article, names))
+
+
+def _wrong_pairs(rng: np.random.Generator, names: list[str], seen: _Seen) -> Iterator[str]:
+    """One of the two alone, or one of them beside another one."""
+    yield with_article(names[rng.integers(2)])
+    others = [name for name in seen.names if name not in names]
+    if others:
+        yield _pair([names[0], others[rng.integers(len(others))]])
+    while True:
+        i = int(rng.integers(2))
+        other = _half_right(rng, names[1 - i])
+        if other not in names:
+            yield _pair([names[i], other] if i == 0 else [other, names[i]])
+
+
+def _where_now(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+    run = _any_visible(seen, rng)
+    place = run and place_of(*run.thing.position_at(seen.now_s))
+    if run is None or place is None:
+        return None
+    return _about_now(seen, rng, run, "where_now", place, _shuffled(rng, PLACES))
+
+
+def _motion_now(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+    run = _any_visible(seen, rng)
+    if run is None or run.first == run.last:
+        return None
+    (x0, y0), (x1, y1) = (run.thing.position_at(float(seen.times_s[i])) for i in (run.first, run.last))
+    direction = run.thing.direction
+    if direction is not None and math.hypot(x1 - x0, y1 - y0) < MIN_MOVE:
+        return None
+    known = ["still", *(f"moving {way}" for way in DIRECTIONS)]
+    return _about_now(
+        seen, rng, run, "motion_now", f"moving {direction}" if direction else "still", _shuffled(rng, known)
+    )
+
+
+def _any_visible(seen: _Seen, rng: np.random.Generator) -> _Run | None:
+    return seen.visible[rng.integers(len(seen.visible))] if seen.visible else None
+
+
+def _about_now(
+    seen: _Seen, rng: np.random.Generator, run: _Run, kind: str, answer: str, wrong: Iterable[str]
+) -> _Draft:
+    """A question about something in view, by name where there are two, and sometimes where there is one."""
+    if len(seen.visible) > 1 or rng.random() < 0.4:
+        return _Draft(answer, wrong, run.name, f"{kind} of x")
+    return _Draft(answer, wrong)
+
+
+def _first(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+    if not seen.runs or not seen.is_alone(0):
+        return None
+    return _thing_draft(rng, seen, seen.runs[0].name)
+
+
+def _last(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+    """The one that came last must also be the one that is still in view, or was longest: else both are meant."""
+    if not seen.runs or not seen.is_alone(len(seen.runs) - 1):
+        return None
+    if any(run.last > seen.runs[-1].last for run in seen.runs):
+        return None
+    return _thing_draft(rng, seen, seen.runs[-1].name)
+
+
+def _thing_draft(
+    rng: np.random.Generator, seen: _Seen, name: str | None, x: str | None = None, nothing: str = NOTHING_YET
+) -> _Draft:
+    answer = nothing if name is None else with_article(name)
+    return _Draft(answer, _wrong_things(rng, name, seen, nothing), x)
+
+
+def _after_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+    return _beside_x(seen, rng, 1, NOTHING_YET)
+
+
+def _before_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+    return _beside_x(seen, rng, -1, NOTHING_NOW)
+
+
+def _beside_x(seen: _Seen, rng: np.random.Generator, step: int, nothing: str) -> _Draft | None:
+    """What came one step after or before a thing that appeared once."""
+    known = seen.once()
+    if not known or (len(seen.runs) == 1 and rng.random() > NOTHING_SEEN_SHARE):
+        return None
+    index = known[rng.integers(len(known))]
+    beside = index + step
+    if not seen.is_alone(index):
+        return None
+    if not 0 <= beside < len(seen.runs):
+        return _thing_draft(rng, seen, None, seen.runs[index].name, nothing)
+    if not seen.is_alone(beside):
+        return None
+    return _thing_draft(rng, seen, seen.runs[beside].name, seen.runs[index].name, nothing)
+
+
+def _all_in_order(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+    names = seen.names
+    firsts = {name: next(run.first for run in seen.runs if run.name == name) for name in names}
+    if not names or len(names) > MAX_LISTED or len(set(firsts.values())) < len(names):
+        return None
+    return _Draft(_listed(names), _wrong_lists(rng, names))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(with_article, names))
+
+
+def _wrong_lists(rng: np.random.Generator, names: list[str]) -> Iterator[str]:
+    """Lists of other order, with one thing too few, too many, or another one: shorter, longer and as long."""
+    while True:
+        other = list(names)
+        place = int(rng.integers(len(names)))
+        match int(rng.integers(4)):
+            case 0:
+                other = _shuffled(rng, names)
+            case 1 if len(names) > 1:
+                del other[place]
+            case 2:
+                other.insert(place + 1, _half_right(rng, names[place]))
+            case _:
+                other[place] = _half_right(rng, names[place])
+        if len(set(other)) == len(other):
+            yield _listed(other)
+
+
+def _how_many(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+    num = len(seen.names)
+    if num > MAX_COUNT:
+        return None
+    return _Draft(str(num), _wrong_numbers(rng, num, "{}"))
+
+
+def _wrong_numbers(rng: np.random.Generator, right: int, text: str) -> Iterator[str]:
+    while True:
+        if (number := right + int(rng.integers(-3, 4))) >= 0:
+            yield text.format(number)
+
+
+def _seen_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+    if not seen.runs and rng.random() > NOTHING_SEEN_SHARE:
+        return None
+    if seen.runs and rng.random() < 0.5:
+        return _yes_or_no("yes", _description(rng, seen.runs[rng.integers(len(seen.runs))].name))
+    return _yes_or_no("no", _absent(rng, seen.names, seen.names))
+
+
+def _visible_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+    if not seen.visible and rng.random() > NOTHING_SEEN_SHARE:
+        return None
+    names = [run.name for run in seen.visible]
+    # A little above one half, for the frames with nothing in them can only be answered with no.
+    if names and rng.random() < 0.55:
+        return _yes_or_no("yes", _description(rng, names[rng.integers(len(names))]))
+    gone = [name for name in seen.names if name not in names]
+    if gone and rng.random() < 0.5:
+        return _yes_or_no("no", with_article(gone[rng.integers(len(gone))]))
+    return _yes_or_no("no", _absent(rng, names, seen.names))
+
+
+def _yes_or_no(answer: str, x: str) -> _Draft:
+    return _Draft(answer, ("yes", "no"), x)
+
+
+def _description(rng: np.random.Generator, name: str) -> str:
+    """A thing by both words, or by one of them."""
+    colour, shape = name.split()
+    return [with_article(name), with_article(name), f"something {colour}", with_article(shape)][rng.integers(4)]
+
+
+def _absent(rng: np.random.Generator, present: Sequence[str], likely: Sequence[str]) -> str:
+    """Describe what is not there: most often the shape of one thing seen in the colour of another."""
+    colours = [colour for colour in COLOURS if not any(name.startswith(colour) for name in present)]
+    shapes = [shape for shape in SHAPES if not any(name.endswith(shape) for name in present)]
+    choice = rng.random()
+    if choice < 0.2 and colours:
+        return f"something {colours[rng.integers(len(colours))]}"
+    if choice < 0.4 and shapes:
+        return with_article(shapes[rng.integers(len(shapes))])
+    if choice < 0.85 and likely:
+        crossed = [f"{a.split()[0]} {b.split()[1]}" for a in likely for b in likely]
+        crossed = [name for name in crossed if name not in present]
+        if crossed and rng.random() < 0.5:
+            return with_article(crossed[rng.integers(len(crossed))])
+        near = _half_right(rng, likely[rng.integers(len(likely))])
+        if near not in present:
+            return with_article(near)
+    while (name := _any_name(rng)) in present:
+        pass
+    return with_article(name)
+
+
+def _when_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+    known = seen.once()
+    if not known:
+        return None
+    run = seen.runs[known[rng.integers(len(known))]]
+    second = _second(seen, run)
+    others = [_second(seen, other) for other in seen.runs]
+    wrong = (_at_second(other) for other in _wrong_seconds(rng, second, others, seen))
+    return _Draft(_at_second(second), wrong, run.name)
+
+
+def _second(seen: _Seen, run: _Run) -> int:
+    """The whole seconds on the stream's clock when a run begins; frame times are a little off where they add up."""
+    return math.floor(float(seen.times_s[run.first] - seen.times_s[0]) + 1e-6)
+
+
+def _at_second(second: int) -> str:
+    return f"at {second} second{'' if second == 1 else 's'}"
+
+
+def _wrong_seconds(rng: np.random.Generator, right: int, others: list[int], seen: _Seen) -> Iterator[int]:
+    yield from [others[i] for i in rng.permutation(len(others))][:2]
+    end = max(math.ceil(seen.now_s - float(seen.times_s[0])), right, 8)
+    while True:
+        second = int(rng.integers(end + 1))
+        if abs(second - right) > 1:
+            yield second
+
+
+def _colour_of_shape(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+    colours: dict[str, set[str]] = {}
+    for run in seen.runs:
+        colours.setdefault(run.thing.shape, set()).add(run.thing.colour)
+    known = [shape for shape, its in colours.items() if len(its) == 1]
+    if not known:
+        return None
+    shape = known[rng.integers(len(known))]
+    (colour,) = colours[shape]
+    return _Draft(colour, _wrong_words(rng, (run.thing.colour for run in seen.runs), COLOURS), shape)
+
+
+def _nothing(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+    if seen.runs:
+        return None
+    form = ("all_in_order", "first", "last")[rng.integers(3)]
+    return _Draft(NOTHING_YET, _wrong_things(rng, None, seen, NOTHING_YET), form=form)
+
+
+_DRAFTS: dict[str, Callable[[_Seen, np.random.Generator], _Draft | None]] = {
+    "colour_now": _colour_now,
+    "shape_now": _shape_now,
+    "what_now": _what_now,
+    "where_now": _where_now,
+    "first": _first,
+    "last": _last,
+    "after_x": _after_x,
+    "before_x": _before_x,
+    "all_in_order": _all_in_order,
+    "how_many": _how_many,
+    "seen_x": _seen_x,
+    "visible_x": _visible_x,
+    "when_x": _when_x,
+    "motion_now": _motion_now,
+    "colour_of_shape": _colour_of_shape,
+    "nothing": _nothing,
+}
+
+KINDS = tuple(_DRAFTS)
+
+
+class Round(NamedTuple):
+    """The new frames of one round, and what is asked after them."""
+
+    story: Story
+    times_s: tuple[float, ...]
+    quiz: Quiz
+
+
+def three_rounds(seed: int, *, split: Split = "test") -> Iterator[Round]:
+    """Two frames of a red circle, of a blue square, of a green triangle, with a question after each two."""
+    names = ("red circle", "blue square", "green triangle")
+    story = make_plain_story(seed, names, show_s=1.0, split=split)
+    questions = (
+        ("colour_now", "What colour is the shape?"),
+        ("all_in_order", "Which shapes have you seen so far?"),
+        ("last", "What was the last shape?"),
+    )
+    rng = np.random.default_rng([3, seed])
+    for i, (kind, question) in enumerate(questions):
+        draft = _DRAFTS[kind](_Seen(story, np.arange(2 * i + 2) / 2), rng)
+        assert draft is not None, f"{kind} has no answer in round {i + 1}"
+        yield Round(story, (i, i + 0.5), Quiz(kind, question, draft.answer, _options(kind, draft, rng)))
