@@ -51,11 +51,16 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def require_known(model_type: str | None) -> None:
+    """Raise UnsupportedModelError for a model type of no family here."""
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(model_type or "unknown", "its family is unknown here")
+
+
 def family_of(config: Any) -> Family:
     """The family of a transformers configuration. Raises UnsupportedModelError."""
-    model_type = getattr(config, "model_type", "unknown")
-    if model_type not in FAMILIES:
-        raise UnsupportedModelError(model_type, "its family is unknown here")
+    model_type = getattr(config, "model_type", "")
+    require_known(model_type)
     layer_types = set(getattr(config.text_config, "layer_types", None) or ["full_attention"])
     if layer_types != {"full_attention"}:
         others = ", ".join(sorted(layer_types - {"full_attention"}))

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from .adapter import Family, family_of
+from .adapter import Family, family_of, require_known
 from .arena import KVShape
 from .attention import IMPLEMENTATION, MemoryPass
 from .layout import Format, Span
@@ -20,6 +20,7 @@ from .preprocess import PatchGeometry, to_patches
 
 BUILTIN = Path(__file__).parent / "builtin"
 NOTICE_FILE = "notice.txt"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Vision(NamedTuple):
@@ -194,11 +195,17 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Visio
 
     device is "auto" (CUDA if there is one), "cpu", "cuda", "cuda:N", or "balanced", which lets accelerate
     spread the layers over all GPUs. Raises UnsupportedModelError before any weight is read, OSError when there
-    is no such checkpoint.
+    is no such checkpoint, ValueError for a dtype or device that cannot be had.
     """
-    path = str(BUILTIN) if name == "builtin" else name
-    config = transformers.AutoConfig.from_pretrained(path)
-    family_of(config)
+    path = _checkpoint(name)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    stated, _ = transformers.PreTrainedConfig.get_config_dict(path)
+    if not stated:
+        raise FileNotFoundError(f"{name} has no config.json")
+    # Before transformers, which refuses a type that it does not know without a word on what is supported here.
+    require_known(stated.get("model_type"))
+    family_of(transformers.AutoConfig.from_pretrained(path))
     device = _resolve(device)
     placement = device if device == "balanced" else {"": device}
     model = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -208,9 +215,22 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Visio
     return VisionLanguageModel(model, tokenizer, name=name, processor=_processor_config(path), notice=_notice(path))
 
 
+def _checkpoint(name: str) -> str:
+    """Folder or hub id of a checkpoint. A path that is not there is not looked for on the hub."""
+    if name == "builtin":
+        return str(BUILTIN)
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    folder = Path(name).expanduser()
+    if is_path and not folder.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint folder {name}")
+    return str(folder) if is_path else name
+
+
 def _resolve(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: torch {torch.__version__} finds no CUDA device")
     return device
 
 
