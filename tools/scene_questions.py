@@ -26,7 +26,11 @@ MAX_COUNT = 12
 MIN_MOVE = 0.08  # of the frame; what moved less while in view is not asked about
 MAX_ASIDE = 0.07  # from the middle of the frame, for a thing in the "middle"
 MIN_ASIDE = 0.13  # for one on the left, right, top or bottom
-NOTHING_SEEN_SHARE = 0.25  # how often yes or no is asked where only "no" can be right
+# Where one answer would come too often, most of its questions are dropped:
+EMPTY_SEEN_SHARE = 0.1  # has x appeared, before anything did
+EMPTY_VIEW_SHARE = 0.5  # is x visible, with nothing in view
+LONELY_SHARE = 0.25  # what came before or after the only thing there was
+STILL_SHARE = 0.5  # which way does it move, of a thing that stands still
 
 NOTHING_NOW = "nothing"
 NOTHING_YET = "nothing yet"
@@ -373,6 +377,7 @@ class _Seen:
     """What the frames shown of a story amount to."""
 
     def __init__(self, story: Story, times_s: npt.NDArray[np.float64]) -> None:
+        self._story = story
         self.times_s = times_s
         self.runs: list[_Run] = []  # by first frame, then in the story's order
         for thing in story.things:
@@ -393,6 +398,12 @@ class _Seen:
     def names(self) -> list[str]:
         """The different things, in the order in which they first appeared."""
         return list(dict.fromkeys(run.name for run in self.runs))
+
+    @property
+    def busy_share(self) -> float:
+        """About how much of the story has something in view."""
+        shown_s = sum(thing.end_s - thing.start_s for thing in self._story.things)
+        return min(shown_s / self._story.duration_s, 1.0)
 
     def is_alone(self, index: int) -> bool:
         """Whether no other run begins in the same frame as this one."""
@@ -424,8 +435,9 @@ def ask_about(
 ) -> Quiz | None:
     """Ask something about the frames shown so far, oldest first, of one kind or of any kind that fits.
 
-    None when the kind makes no sense there, or more than one answer could be defended. Seconds count from the first
-    frame; without a `clock` nobody is asked for them.
+    None when the kind makes no sense there, when more than one answer could be defended, and at times where one answer
+    would come too often. Seconds are whole ones on a clock that starts with the first frame; without a `clock` nobody
+    is asked for them.
     """
     times_s = np.asarray(frame_times_s, np.float64)
     if len(times_s) == 0:
@@ -459,8 +471,9 @@ def _options(kind: str, draft: _Draft, rng: np.random.Generator) -> tuple[str, .
     return tuple(options[i] for i in rng.permutation(len(options)))
 
 
-def _shuffled(rng: np.random.Generator, items: Sequence[str]) -> list[str]:
-    return [items[i] for i in rng.permutation(len(items))]
+def _shuffled(rng: np.random.Generator, items: Iterable[str]) -> list[str]:
+    texts = tuple(items)
+    return [texts[i] for i in rng.permutation(len(texts))]
 
 
 def _any_name(rng: np.random.Generator) -> str:
@@ -470,8 +483,8 @@ def _any_name(rng: np.random.Generator) -> str:
 
 def _wrong_words(rng: np.random.Generator, seen: Iterable[str], known: Iterable[str]) -> Iterator[str]:
     """Single words, one that was seen first: the likeliest mistake."""
-    yield from _shuffled(rng, list(dict.fromkeys(seen)))[:2]
-    yield from _shuffled(rng, list(known))
+    yield from _shuffled(rng, dict.fromkeys(seen))[:2]
+    yield from _shuffled(rng, known)
 
 
 def _wrong_things(rng: np.random.Generator, right: str | None, seen: _Seen, nothing: str) -> Iterator[str]:
@@ -560,6 +573,8 @@ def _motion_now(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
         return None
     (x0, y0), (x1, y1) = (run.thing.position_at(float(seen.times_s[i])) for i in (run.first, run.last))
     direction = run.thing.direction
+    if direction is None and rng.random() > STILL_SHARE:
+        return None
     if direction is not None and math.hypot(x1 - x0, y1 - y0) < MIN_MOVE:
         return None
     known = ["still", *(f"moving {way}" for way in DIRECTIONS)]
@@ -614,7 +629,7 @@ def _before_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
 def _beside_x(seen: _Seen, rng: np.random.Generator, step: int, nothing: str) -> _Draft | None:
     """What came one step after or before a thing that appeared once."""
     known = seen.once()
-    if not known or (len(seen.runs) == 1 and rng.random() > NOTHING_SEEN_SHARE):
+    if not known or (len(seen.runs) == 1 and rng.random() > LONELY_SHARE):
         return None
     index = known[rng.integers(len(known))]
     beside = index + step
@@ -661,17 +676,13 @@ def _how_many(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
     num = len(seen.names)
     if num > MAX_COUNT:
         return None
-    return _Draft(str(num), _wrong_numbers(rng, num, "{}"))
-
-
-def _wrong_numbers(rng: np.random.Generator, right: int, text: str) -> Iterator[str]:
-    while True:
-        if (number := right + int(rng.integers(-3, 4))) >= 0:
-            yield text.format(number)
+    # Neighbouring numbers, with the right one anywhere among them.
+    lowest = max(num - int(rng.integers(NUM_OPTIONS)), 0)
+    return _Draft(str(num), map(str, range(lowest, lowest + NUM_OPTIONS)))
 
 
 def _seen_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
-    if not seen.runs and rng.random() > NOTHING_SEEN_SHARE:
+    if not seen.runs and rng.random() > EMPTY_SEEN_SHARE:
         return None
     if seen.runs and rng.random() < 0.5:
         return _yes_or_no("yes", _description(rng, seen.runs[rng.integers(len(seen.runs))].name))
@@ -679,11 +690,12 @@ def _seen_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
 
 
 def _visible_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
-    if not seen.visible and rng.random() > NOTHING_SEEN_SHARE:
+    if not seen.visible and rng.random() > EMPTY_VIEW_SHARE:
         return None
     names = [run.name for run in seen.visible]
-    # A little above one half, for the frames with nothing in them can only be answered with no.
-    if names and rng.random() < 0.55:
+    # More often yes, by as much as the frames with nothing in view, where only no is right, call for.
+    yes_share = 0.5 + EMPTY_VIEW_SHARE * (1 - seen.busy_share) / (2 * seen.busy_share) if names else 0.0
+    if rng.random() < yes_share:
         return _yes_or_no("yes", _description(rng, names[rng.integers(len(names))]))
     gone = [name for name in seen.names if name not in names]
     if gone and rng.random() < 0.5:
@@ -698,7 +710,13 @@ def _yes_or_no(answer: str, x: str) -> _Draft:
 def _description(rng: np.random.Generator, name: str) -> str:
     """A thing by both words, or by one of them."""
     colour, shape = name.split()
-    return [with_article(name), with_article(name), f"something {colour}", with_article(shape)][rng.integers(4)]
+    match int(rng.integers(4)):
+        case 0:
+            return f"something {colour}"
+        case 1:
+            return with_article(shape)
+        case _:
+            return with_article(name)
 
 
 def _absent(rng: np.random.Generator, present: Sequence[str], likely: Sequence[str]) -> str:

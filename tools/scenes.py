@@ -789,7 +789,7 @@ def degrade(
 
     noisy = frames
     if noise:
-        noisy = quantise(np.float32(frames) / 255, np.full(len(frames), noise, np.float32), rng)
+        noisy = quantise(frames.astype(np.float32) / 255, np.full(len(frames), noise, np.float32), rng)
     if jpeg_quality is None:
         return noisy
     out = np.empty_like(frames)
