@@ -68,7 +68,7 @@ class Node:
     @property
     def endpoints(self) -> dict[str, str]:
         """Where the node listens, with the ports that were taken."""
-        return dict(self._state.endpoints)
+        return self._state.endpoints
 
     @property
     def session(self) -> str:
@@ -86,6 +86,7 @@ class Node:
             raise
 
     def _start(self) -> None:
+        self._open.callback(logger.info, "stopped")
         self._warn_of_exposure()
         for name, endpoint in self._config.endpoints.model_dump().items():
             if endpoint.startswith("ipc://"):
@@ -108,7 +109,7 @@ class Node:
         intake = Intake(engine, context=self._context, bind=self._config.endpoints.frames, secure=self._security.secure)
         _starting(f"endpoints.frames: cannot listen at {self._config.endpoints.frames}", intake.start)
         self._open.callback(intake.close)
-        self._state.endpoints = {**self._state.endpoints, "frames": intake.bound_endpoint or ""}
+        self._state.listens("frames", intake.bound_endpoint or self._config.endpoints.frames)
         self._state.attach(engine, intake)
         for stream in self._config.streams:
             steps = self._control.add_stream(self._config.stream_options(stream))
@@ -197,7 +198,7 @@ class Node:
             refused.close()
             socket.close()
             raise
-        self._state.endpoints = {**self._state.endpoints, name: bound}
+        self._state.listens(name, bound)
         return socket, refused
 
 

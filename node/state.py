@@ -14,7 +14,7 @@ from msgspec import UNSET, UnsetType
 
 from ..protocol.errors import ErrorCode, NodeError
 from ..protocol.messages import Hello, NodeStats, Pong, StreamStats
-from .config import NodeConfig
+from .config import Endpoints, NodeConfig
 from .engine_protocol import EngineProtocol, ModelInfo
 from .intake import Intake
 from .tally import Tally
@@ -38,8 +38,8 @@ class NodeState:
         self.config = config
         self.session = uuid.uuid4().hex
         self.rejected = Tally()
-        self.endpoints: dict[str, str] = {}
         self.is_stopping = False
+        self._bound: dict[str, str] = {}
         self._started = time.monotonic()
         self._engine: EngineProtocol | None = None
         self._intake: Intake | None = None
@@ -48,6 +48,15 @@ class NodeState:
         """From now on the node has a model, and cameras."""
         self._intake = intake
         self._engine = engine
+
+    def listens(self, socket: str, endpoint: str) -> None:
+        """Note where a socket was bound."""
+        self._bound = {**self._bound, socket: endpoint}
+
+    @property
+    def endpoints(self) -> dict[str, str]:
+        """Where the sockets were bound, in the order of the configuration."""
+        return {name: self._bound[name] for name in Endpoints.model_fields if name in self._bound}
 
     @property
     def engine(self) -> EngineProtocol:

@@ -101,8 +101,9 @@ class Telemetry:
             now = time.monotonic()
             if now >= report_due:
                 report_due = max(report_due + self._period_s, now)
+                look_due = now + self._look_s
                 self._shielded(self._report)
-            if now >= look_due:
+            elif now >= look_due:
                 look_due = now + self._look_s
                 self._shielded(self._look)
         self._end()
@@ -135,31 +136,31 @@ class Telemetry:
             self._publish("hello", self._state.hello())
 
     def _report(self) -> None:
-        self._publish("stats", self._state.stats())
-        for stream in self._state.stream_stats():
-            self._publish("stream", stream, stream.stream)
-
-    def _look(self) -> None:
-        """Publish and announce what changed since the last look."""
+        """Publish everything."""
         if not self._has_greeted:
             self._publish("hello", self._state.hello())
             self._has_greeted = True
+        self._publish("stats", self._state.stats())
+        self._look(report_all=True)
+
+    def _look(self, *, report_all: bool = False) -> None:
+        """Publish and announce what changed of the streams since the last look."""
         streams = {stats.stream: stats for stats in self._state.stream_stats()}
         for name, stats in streams.items():
             before = self._streams.get(name)
-            if before is None or _condition(stats) != _condition(before):
+            if report_all or before is None or _condition(stats) != _condition(before):
                 self._publish("stream", stats, name)
             self._announce_changes(before, stats)
         self._streams = streams
 
     def _announce_changes(self, before: StreamStats | None, stats: StreamStats) -> None:
-        if stats.state != (before.state if before else "waiting"):
-            kind, message = _STATE_EVENTS[stats.state]
-            self.announce(kind, message, stream=stats.stream)
         session = stats.frames.last_session
         known = before.frames.last_session if before else UNSET
         if known is not UNSET and session != known:
-            self.announce("publisher_restarted", "another publisher session has the stream", stream=stats.stream)
+            self.announce("publisher_restarted", "another session publishes the stream", stream=stats.stream)
+        if stats.state != (before.state if before else "waiting"):
+            kind, message = _STATE_EVENTS[stats.state]
+            self.announce(kind, message, stream=stats.stream)
 
     def _publish(self, kind: str, record: msgspec.Struct, stream: str | None = None) -> None:
         topic = telemetry_topic(kind, self._node, stream)

@@ -1,0 +1,40 @@
+"""A node process around a FakeEngine: `python fake_node.py WORD_S LOAD_S CLOSE_S [flags of onlooker.node]`.
+
+Its model takes LOAD_S seconds to load and CLOSE_S to end, its answers WORD_S a word, and every stream has seen
+one chunk.
+"""
+
+import sys
+import time
+from concurrent.futures import Future
+
+from fakes import FakeEngine
+from nodes import remember
+
+from onlooker.node.__main__ import main
+from onlooker.node.config import NodeConfig
+from onlooker.node.options import StreamOptions
+
+WORD_S, LOAD_S, CLOSE_S = map(float, sys.argv[1:4])
+
+
+class SeenEngine(FakeEngine):
+    """A fake engine whose streams have seen something from the start."""
+
+    def add_stream(self, options: StreamOptions) -> Future[None]:
+        future = super().add_stream(options)
+        remember(self, stream=options.name)
+        return future
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        time.sleep(CLOSE_S)
+        super().close()
+
+
+def load_engine(config: NodeConfig) -> SeenEngine:
+    time.sleep(LOAD_S)
+    return SeenEngine(word_s=WORD_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[4:], load_engine))
