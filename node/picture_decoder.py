@@ -15,7 +15,8 @@ MAX_PIXELS = 8192 * 8192
 # Since OpenCV 4.11; before it, the channels must be swapped afterwards.
 RGB_FLAG: int | None = getattr(cv2, "IMREAD_COLOR_RGB", None)
 
-_PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR"
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_CHUNK = struct.Struct(">I4s")  # length, type; then the data and 4 bytes of checksum
 _JPEG_END = b"\xff\xd9"
 # SOF0 to SOF15 hold the picture's size; C4, C8 and CC in that range are other segments.
 _JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -107,9 +108,23 @@ def stored_size(payload: bytes, enc: str) -> tuple[int, int]:
 
 
 def _png_size(payload: bytes) -> tuple[int, int] | None:
-    if not payload.startswith(_PNG_START) or len(payload) < 24:
+    if not payload.startswith(_PNG_SIGNATURE) or payload[12:16] != b"IHDR" or not _has_all_chunks(payload):
         return None
     return struct.unpack(">II", payload[16:24])
+
+
+def _has_all_chunks(payload: bytes) -> bool:
+    """Whether every PNG chunk is as long as it says, up to the end of the picture.
+
+    OpenCV reserves the length that a chunk states before it looks for its bytes: up to 4 GiB for a forged one.
+    """
+    at = len(_PNG_SIGNATURE)
+    while at + _PNG_CHUNK.size <= len(payload):
+        num_bytes, kind = _PNG_CHUNK.unpack_from(payload, at)
+        at += _PNG_CHUNK.size + num_bytes + 4
+        if kind == b"IEND":
+            return at <= len(payload)
+    return False
 
 
 def _jpeg_size(payload: bytes) -> tuple[int, int] | None:

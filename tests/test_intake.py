@@ -51,7 +51,8 @@ def add_stream(engine: FakeEngine, intake: Intake, **options) -> None:
 
 
 def publisher(intake: Intake, stream: str = "front", **options) -> FramePublisher:
-    camera = FramePublisher(stream, connect=intake.bound_endpoint, **options)
+    """A camera that waits rather than lose a frame of a burst before it is sent."""
+    camera = FramePublisher(stream, connect=intake.bound_endpoint, lossless=True, **options)
     assert camera.wait_for_subscriber(5)
     return camera
 
@@ -82,7 +83,7 @@ def test_a_cameras_frames_become_memory(engine: FakeEngine, intake: Intake):
 @pytest.mark.parametrize("chunk_frames", [1, 2, 4, 6, 8])
 def test_a_stream_ends_with_all_its_frames_in_memory(engine: FakeEngine, intake: Intake, chunk_frames: int):
     add_stream(engine, intake, chunk_frames=chunk_frames)
-    with publisher(intake, lossless=True) as camera:
+    with publisher(intake) as camera:
         publish(camera, 13)
         camera.end()
     until(lambda: intake.stream_stats()[0].state == "ended")
@@ -102,7 +103,7 @@ def test_a_publisher_that_watches_the_counters_loses_nothing(engine: FakeEngine,
         counters = intake.counters("front")
         return num_sent - counters.encoded - sum(counters.dropped.values())
 
-    with publisher(intake, lossless=True) as camera:
+    with publisher(intake) as camera:
         for num_sent in range(1, 201):
             publish(camera, 1, ts=num_sent * 40 * MS)
             until(lambda: num_in_flight() < 8)
@@ -115,7 +116,7 @@ def test_a_publisher_that_watches_the_counters_loses_nothing(engine: FakeEngine,
 def test_an_engine_that_stands_still_costs_frames_and_never_the_node(engine: FakeEngine, intake: Intake):
     add_stream(engine, intake, ring_frames=8)
     engine.hold()
-    with publisher(intake, lossless=True) as camera:
+    with publisher(intake) as camera:
         publish(camera, 100)
         until(lambda: intake.counters("front").received == 100)
         assert is_balanced(intake.counters("front"))
@@ -196,7 +197,7 @@ def test_a_reset_empties_the_way_and_the_memory_together(engine: FakeEngine, int
 
 def test_no_frame_from_before_a_reset_is_in_the_memory_after_it(engine: FakeEngine, intake: Intake):
     add_stream(engine, intake)
-    with publisher(intake, lossless=True) as camera:
+    with publisher(intake) as camera:
         for last_seq in range(9, 200, 10):
             publish(camera, 10)
             until(lambda: intake.counters("front").last_seq == last_seq)  # noqa: B023
@@ -232,7 +233,7 @@ def test_every_frame_is_accounted_for_while_cameras_and_controls_do_what_they_li
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    cameras = [publisher(intake, name, lossless=True) for name in names]
+    cameras = [publisher(intake, name) for name in names]
     for n in range(60):
         for camera in cameras:
             publish(camera, 3, ts=n * 40 * MS)

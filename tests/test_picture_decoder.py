@@ -1,3 +1,4 @@
+import resource
 import struct
 
 import cv2
@@ -112,6 +113,15 @@ def test_a_picture_that_would_take_too_much_memory_is_not_decoded():
     jpeg[at + 5 : at + 9] = struct.pack(">HH", 65535, 65535)
     assert reason("jpeg", bytes(jpeg)) == "too_large"
     assert reason("mono8", b"", w=8193, h=8192) == "too_large"
+
+
+def test_a_png_chunk_that_claims_gigabytes_is_not_believed():
+    png = bytearray(encoded(plain(RED), "png"))
+    at = png.index(b"IDAT") - 4
+    png[at : at + 4] = struct.pack(">I", 0xA7000000)
+    started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert reason("png", bytes(png)) == "decode_error"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - started < 100 << 10  # KiB
 
 
 @pytest.mark.parametrize("enc", ["jpeg", "png"])
