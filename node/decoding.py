@@ -6,16 +6,18 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+_MIN_TEMPERATURE = 1e-6  # below it scores could overflow, and nothing but the likeliest token is left anyway
+
 
 class TokenChooser:
     """Greedy, or sampled with temperature and top-p by transformers' own logits processors."""
 
     def __init__(self, *, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None) -> None:
-        self._is_greedy = temperature == 0
+        self._is_greedy = temperature < _MIN_TEMPERATURE
         self._processors = LogitsProcessorList()
         if self._is_greedy:
             return
-        self._processors.append(TemperatureLogitsWarper(temperature))
+        self._processors.append(TemperatureLogitsWarper(float(temperature)))
         if top_p < 1:
             self._processors.append(TopPLogitsWarper(top_p))
         self._generator = torch.Generator()
