@@ -221,10 +221,11 @@ def test_a_flag_that_cannot_work_is_a_mistake_of_the_command_line(clip: Path, fl
 
 
 def test_ctrl_c_ends_the_stream_for_the_node_too(clip: Path, engine: FakeEngine, node: Node) -> None:
-    command = start_onlooker("replay", clip, "--loop", "--rate", 10, *endpoint_flags(node, "frames", "control"))
-    until(lambda: len(engine.pictures("front")) > 12, 20)
-    command.send_signal(signal.SIGINT)
-    out, err = command.communicate(timeout=10)
+    flags = ("--loop", "--rate", 10, *endpoint_flags(node, "frames", "control"))
+    with start_onlooker("replay", clip, *flags) as command:
+        until(lambda: len(engine.pictures("front")) > 12, 20)
+        command.send_signal(signal.SIGINT)
+        out, err = command.communicate(timeout=10)
     assert command.returncode == 130, err
     assert out.startswith("front: ")
     assert "Traceback" not in err
