@@ -1,4 +1,4 @@
-"""Questions about a story of `scenes.py` as far as its frames were shown, with the right answer and wrong ones.
+"""Questions about a story as far as its frames were shown, with the right answer and wrong ones.
 
 A thing counts as seen when at least one of the frames shown has it; "now" is the newest of them.
 
@@ -16,7 +16,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .scenes import COLOURS, DIRECTIONS, PLACES, SHAPES, Split, Story, Thing, make_plain_story
+from .scene_wordings import WORDINGS
+from .story import COLOURS, DIRECTIONS, PLACES, SHAPES, Split, Story, Thing, make_plain_story
 
 Phrasing = Literal["train", "test"]
 
@@ -26,9 +27,11 @@ MAX_COUNT = 12
 MIN_MOVE = 0.08  # of the frame; what moved less while in view is not asked about
 MAX_ASIDE = 0.07  # from the middle of the frame, for a thing in the "middle"
 MIN_ASIDE = 0.13  # for one on the left, right, top or bottom
+CLOCK_GRACE_S = 0.05  # a camera that is some milliseconds early must not fall a second back
+MAX_CORPUS_S = 99
 # Where one answer would come too often, most of its questions are dropped:
 EMPTY_SEEN_SHARE = 0.1  # has x appeared, before anything did
-EMPTY_VIEW_SHARE = 0.5  # is x visible, with nothing in view
+EMPTY_VIEW_SHARE = 0.5  # is x visible, with nothing in view (at most)
 LONELY_SHARE = 0.25  # what came before or after the only thing there was
 STILL_SHARE = 0.5  # which way does it move, of a thing that stands still
 
@@ -44,287 +47,6 @@ class Quiz:
     question: str
     answer: str
     options: tuple[str, ...]
-
-
-class Wording(NamedTuple):
-    """Ways to say one question: those trained on, and others made of the same words."""
-
-    train: tuple[str, ...]
-    test: tuple[str, ...]
-
-
-WORDINGS: dict[str, Wording] = {
-    "colour_now": Wording(
-        (
-            "What colour is it?",
-            "What colour is the shape?",
-            "Which colour is the shape you see now?",
-            "Tell me the colour of the thing in view.",
-            "What color is the object right now?",
-            "Please name its colour.",
-            "What is the color of what you see now?",
-            "Which color does it have at the moment?",
-        ),
-        (
-            "Which colour does it have right now?",
-            "Please tell me the color of the shape in view.",
-            "What is the colour of the object you see now?",
-        ),
-    ),
-    "shape_now": Wording(
-        (
-            "What shape is it?",
-            "Which shape do you see now?",
-            "Tell me the shape of the thing in view.",
-            "What is the shape of the object right now?",
-            "Please name its shape.",
-            "Which shape is visible now?",
-            "What is the shape of what you see now?",
-            "Which shape does it have at the moment?",
-        ),
-        (
-            "Which shape is it now?",
-            "Please tell me the shape of the object in view.",
-            "What shape does it have right now?",
-        ),
-    ),
-    "what_now": Wording(
-        (
-            "What do you see now?",
-            "What is in view right now?",
-            "Tell me what is visible now.",
-            "What can you see at the moment?",
-            "Please describe what is there now.",
-            "What does the camera show now?",
-            "Describe the newest frame.",
-            "What is there right now?",
-        ),
-        (
-            "What can you see right now?",
-            "Please tell me what is in view at the moment.",
-            "Describe what the camera can see now.",
-        ),
-    ),
-    "where_now": Wording(
-        (
-            "Where is it?",
-            "Where in the frame is it now?",
-            "In which part of the frame is it?",
-            "Tell me where it is now.",
-            "Please say where the thing is.",
-            "Where is the shape right now?",
-            "Where can you see the object now?",
-        ),
-        (
-            "Where is the object in the frame?",
-            "Please tell me where the shape is now.",
-            "In which part of the frame is the thing right now?",
-        ),
-    ),
-    "where_now of x": Wording(
-        (
-            "Where is the {x}?",
-            "Where is the {x} now?",
-            "In which part of the frame is the {x}?",
-            "Tell me where the {x} is.",
-            "Please say where the {x} is now.",
-            "Where can you see the {x} right now?",
-        ),
-        ("Where in the frame is the {x}?", "Please tell me where you see the {x} now."),
-    ),
-    "first": Wording(
-        (
-            "What was the first thing?",
-            "What did you see first?",
-            "Which thing appeared first?",
-            "Tell me the first shape you saw.",
-            "Please name the first object.",
-            "What came first?",
-            "What was the first shape?",
-            "What is the first thing that the camera did show?",
-        ),
-        (
-            "Which object did you see first?",
-            "Please tell me what appeared first.",
-            "Which shape came first?",
-        ),
-    ),
-    "last": Wording(
-        (
-            "What was the last thing?",
-            "What did you see last?",
-            "Which thing appeared last?",
-            "Tell me the last shape you saw.",
-            "Please name the last object.",
-            "What came last?",
-            "What was the last shape?",
-            "What is the last thing that the camera did show?",
-        ),
-        (
-            "Which object did you see last?",
-            "Please tell me what appeared last.",
-            "Which shape came last?",
-        ),
-    ),
-    "after_x": Wording(
-        (
-            "What came after the {x}?",
-            "Which thing appeared after the {x}?",
-            "What did you see after the {x}?",
-            "Tell me what came right after the {x}.",
-            "Please name the next thing after the {x}.",
-            "After the {x}, what appeared?",
-            "Which shape came next after the {x}?",
-        ),
-        (
-            "What was the next thing after the {x}?",
-            "Please tell me which shape you saw after the {x}.",
-            "What appeared right after the {x}?",
-        ),
-    ),
-    "before_x": Wording(
-        (
-            "What came before the {x}?",
-            "Which thing appeared before the {x}?",
-            "What did you see before the {x}?",
-            "Tell me what came right before the {x}.",
-            "Please name the thing just before the {x}.",
-            "Before the {x}, what appeared?",
-            "Which shape came just before the {x}?",
-        ),
-        (
-            "What was the thing right before the {x}?",
-            "Please tell me which shape you saw before the {x}.",
-            "What appeared just before the {x}?",
-        ),
-    ),
-    "all_in_order": Wording(
-        (
-            "What have you seen so far?",
-            "What have you seen so far, in order?",
-            "Which shapes have you seen so far?",
-            "List all things in the order they appeared.",
-            "Tell me everything that appeared, in order.",
-            "Please name all the shapes so far, from first to last.",
-            "Which things appeared, from first to last?",
-            "List everything you have seen.",
-        ),
-        (
-            "Which things have you seen so far?",
-            "Please list all the shapes in the order they appeared.",
-            "Tell me everything you have seen, from first to last.",
-        ),
-    ),
-    "how_many": Wording(
-        (
-            "How many different things have you seen?",
-            "How many different shapes have appeared so far?",
-            "Tell me how many different things appeared.",
-            "How many things have you seen so far?",
-            "Please count the different things so far.",
-            "What is the number of different objects so far?",
-            "Count all the different objects you have seen.",
-        ),
-        (
-            "How many different objects have you seen so far?",
-            "Please tell me how many things have appeared.",
-            "What is the number of different things you have seen?",
-        ),
-    ),
-    "seen_x": Wording(
-        (
-            "Have you seen {x}?",
-            "Did you see {x}?",
-            "Has {x} appeared?",
-            "Was there {x} so far?",
-            "Did {x} appear at any time?",
-            "Tell me if you have seen {x}.",
-            "Has there been {x}?",
-            "Please say whether {x} has appeared.",
-        ),
-        (
-            "Have you seen {x} at any time?",
-            "Has {x} appeared so far?",
-            "Please tell me whether you have seen {x}.",
-        ),
-    ),
-    "visible_x": Wording(
-        (
-            "Is there {x} now?",
-            "Can you see {x} right now?",
-            "Is {x} visible now?",
-            "Is {x} in view at the moment?",
-            "Do you see {x} now?",
-            "Tell me if {x} is there now.",
-            "Does the camera show {x} right now?",
-            "Please say whether {x} is visible at the moment.",
-        ),
-        (
-            "Is there {x} in view right now?",
-            "Do you see {x} at the moment?",
-            "Please tell me whether {x} is visible now.",
-        ),
-    ),
-    "when_x": Wording(
-        (
-            "When did the {x} appear?",
-            "At what time did the {x} appear?",
-            "When did you first see the {x}?",
-            "At which second did the {x} appear?",
-            "Tell me when the {x} appeared.",
-            "Please say at what time you first saw the {x}.",
-            "When was the {x} first visible?",
-        ),
-        (
-            "At which second did you first see the {x}?",
-            "Please tell me when you saw the {x}.",
-            "At what time was the {x} first visible?",
-        ),
-    ),
-    "motion_now": Wording(
-        (
-            "Is it moving, and which way?",
-            "Which way is it moving?",
-            "Is the thing moving or still?",
-            "Tell me how it moves now.",
-            "How does the shape move?",
-            "In which direction is the object moving right now?",
-            "Please say whether it is moving or still.",
-        ),
-        (
-            "Is the shape moving, and which way?",
-            "Please tell me how the object moves.",
-            "In which direction is it moving now?",
-        ),
-    ),
-    "motion_now of x": Wording(
-        (
-            "Is the {x} moving, and which way?",
-            "Which way is the {x} moving?",
-            "Is the {x} moving or still?",
-            "Tell me how the {x} moves now.",
-            "How does the {x} move?",
-            "Please say whether the {x} is moving or still.",
-        ),
-        ("Please tell me how the {x} moves.", "In which direction is the {x} moving now?"),
-    ),
-    "colour_of_shape": Wording(
-        (
-            "What colour was the {x}?",
-            "Which colour did the {x} have?",
-            "Tell me the colour of the {x} you saw.",
-            "What was the color of the {x}?",
-            "Please name the colour of the {x}.",
-            "You saw a {x}. What colour was it?",
-            "What color did the {x} have?",
-        ),
-        (
-            "Please tell me what colour the {x} was.",
-            "Which color was the {x} you saw?",
-            "What was the colour of the {x} you have seen?",
-        ),
-    ),
-}
 
 
 def is_right(quiz: Quiz, text: str) -> bool:
@@ -478,7 +200,7 @@ def _shuffled(rng: np.random.Generator, items: Iterable[str]) -> list[str]:
 
 def _any_name(rng: np.random.Generator) -> str:
     colours = tuple(COLOURS)
-    return f"{colours[rng.integers(len(colours))]} {SHAPES[rng.integers(len(SHAPES))]}"
+    return f"{colours[rng.integers(len(colours))]} {SHAPES[int(rng.integers(len(SHAPES)))]}"
 
 
 def _wrong_words(rng: np.random.Generator, seen: Iterable[str], known: Iterable[str]) -> Iterator[str]:
@@ -690,12 +412,14 @@ def _seen_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
 
 
 def _visible_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
-    if not seen.visible and rng.random() > EMPTY_VIEW_SHARE:
-        return None
     names = [run.name for run in seen.visible]
-    # More often yes, by as much as the frames with nothing in view, where only no is right, call for.
-    yes_share = 0.5 + EMPTY_VIEW_SHARE * (1 - seen.busy_share) / (2 * seen.busy_share) if names else 0.0
-    if rng.random() < yes_share:
+    # With nothing in view only "no" is right: asked there less often where that is most of the time, and made up for
+    # by as many more "yes" where something is in view, so that on the whole both are right equally often.
+    busy = seen.busy_share
+    empty_share = EMPTY_VIEW_SHARE * min(busy / (1 - busy), 1.0) if busy < 1 else EMPTY_VIEW_SHARE
+    if not names and rng.random() >= empty_share:
+        return None
+    if names and rng.random() < 0.5 + empty_share * (1 - busy) / (2 * busy):
         return _yes_or_no("yes", _description(rng, names[rng.integers(len(names))]))
     gone = [name for name in seen.names if name not in names]
     if gone and rng.random() < 0.5:
@@ -727,7 +451,7 @@ def _absent(rng: np.random.Generator, present: Sequence[str], likely: Sequence[s
     if choice < 0.2 and colours:
         return f"something {colours[rng.integers(len(colours))]}"
     if choice < 0.4 and shapes:
-        return with_article(shapes[rng.integers(len(shapes))])
+        return with_article(shapes[int(rng.integers(len(shapes)))])
     if choice < 0.85 and likely:
         crossed = [f"{a.split()[0]} {b.split()[1]}" for a in likely for b in likely]
         crossed = [name for name in crossed if name not in present]
@@ -753,8 +477,8 @@ def _when_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
 
 
 def _second(seen: _Seen, run: _Run) -> int:
-    """The whole seconds on the stream's clock when a run begins; frame times are a little off where they add up."""
-    return math.floor(float(seen.times_s[run.first] - seen.times_s[0]) + 1e-6)
+    """The whole seconds on the stream's clock when a run begins."""
+    return math.floor(float(seen.times_s[run.first] - seen.times_s[0]) + CLOCK_GRACE_S)
 
 
 def _at_second(second: int) -> str:
@@ -785,7 +509,7 @@ def _colour_of_shape(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
 def _nothing(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
     if seen.runs:
         return None
-    form = ("all_in_order", "first", "last")[rng.integers(3)]
+    form = ("all_in_order", "first", "last")[int(rng.integers(3))]
     return _Draft(NOTHING_YET, _wrong_things(rng, None, seen, NOTHING_YET), form=form)
 
 
@@ -809,6 +533,25 @@ _DRAFTS: dict[str, Callable[[_Seen, np.random.Generator], _Draft | None]] = {
 }
 
 KINDS = tuple(_DRAFTS)
+
+
+def corpus() -> list[str]:
+    """What is said in training, for a tokenizer to learn its words from: every question, and answers of each kind."""
+    names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    things = [with_article(name) for name in names]
+    xs = {
+        "colour_of_shape": SHAPES,
+        "seen_x": (*things, *map(with_article, SHAPES), *(f"something {colour}" for colour in COLOURS)),
+    }
+    xs["visible_x"] = xs["seen_x"]
+    questions = [
+        text.format(x=x) for form, wording in WORDINGS.items() for text in wording.train for x in xs.get(form, names)
+    ]
+    moments = [_at_second(second) for second in range(MAX_CORPUS_S + 1)]
+    words = ["still", *(f"moving {way}" for way in DIRECTIONS), *PLACES, *COLOURS, *SHAPES]
+    words += ["yes", "no", NOTHING_NOW, NOTHING_YET, *map(str, range(MAX_COUNT + 1))]
+    pairs = [text for a, b in zip(names, names[7:], strict=False) for text in (_pair((a, b)), _listed((a, b)))]
+    return [*questions, *moments, *words, *things, *pairs]
 
 
 class Round(NamedTuple):
