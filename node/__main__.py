@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from .config import ConfigError, NodeConfig, load, parse_setting
 from .engine_protocol import EngineProtocol
@@ -21,7 +21,7 @@ from .logs import configure
 from .node import Node, StartError
 from .signals import Interrupted, Signals
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("onlooker.node")  # not `__main__`, which is nobody's name
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
@@ -79,8 +79,13 @@ def _run(node: Node, config: NodeConfig, load_engine: LoadEngine, signals: Signa
 
 
 def _load_engine(config: NodeConfig) -> ClosableEngine:
-    from .engine import load_engine  # torch and transformers: slow to import, and not needed for --help
+    # torch and transformers: slow to import, and not needed for --help
+    from transformers.utils import logging as transformers_logging
 
+    from .engine import load_engine
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # it would tear the lines of the log
     return load_engine(
         model=config.model,
         dtype=config.dtype,
@@ -133,5 +138,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def leave(status: int) -> NoReturn:
+    """End the process now: the interpreter's own end takes a second or two with torch in it."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from fakes import FakeEngine
 from nodes import remember
 
-from onlooker.node.__main__ import main
+from onlooker.node.__main__ import leave, main
 from onlooker.node.config import NodeConfig
 from onlooker.node.options import StreamOptions
 
@@ -37,4 +37,4 @@ def load_engine(config: NodeConfig) -> SeenEngine:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[4:], load_engine))
+    leave(main(sys.argv[4:], load_engine))

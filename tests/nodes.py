@@ -4,7 +4,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgpack
 import numpy as np
@@ -46,6 +46,10 @@ def poll_until(get: Callable[[], T], seconds: float = 5.0) -> T:
     return result
 
 
+def packed(value: object) -> bytes:
+    return cast("bytes", msgpack.packb(value))
+
+
 class RawClient:
     """A REQ or DEALER socket that speaks MessagePack by hand."""
 
@@ -72,7 +76,7 @@ class RawClient:
         """Send a request and return its id; `fields` replace those of the envelope."""
         request: dict[str, object] = {"v": 1, "id": uuid.uuid4().hex, "session": self.session, "endpoint": endpoint}
         request |= {"data": {} if data is None else data} | fields
-        self.send_bytes(msgpack.packb(request))
+        self.send_bytes(packed(request))
         return str(request["id"])
 
     def send_bytes(self, body: bytes) -> None:

@@ -23,7 +23,7 @@ import zmq
 from fakes import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nodes import FREE_PORTS, RawClient, poll_until, remember, running_node
+from nodes import FREE_PORTS, RawClient, packed, poll_until, remember, running_node
 
 from onlooker.node.config import load
 from onlooker.node.node import Node, StartError
@@ -295,8 +295,8 @@ REQUESTS = st.fixed_dictionaries(
 )
 BODIES = st.one_of(
     st.binary(max_size=200),
-    REQUESTS.map(msgpack.packb),
-    st.tuples(REQUESTS.map(msgpack.packb), st.integers(0, 300)).map(lambda cut: cut[0][: cut[1]]),
+    REQUESTS.map(packed),
+    st.tuples(REQUESTS.map(packed), st.integers(0, 300)).map(lambda cut: cut[0][: cut[1]]),
 )
 MESSAGES = st.lists(BODIES, min_size=1, max_size=3) | st.lists(st.binary(max_size=300), max_size=12)
 
