@@ -4,7 +4,6 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Literal
 
 import zmq
@@ -215,7 +214,5 @@ class _Link:
         self.monitor = HandshakeMonitor(self.socket)
 
     def close(self) -> None:
-        with suppress(zmq.ContextTerminated):  # then there is nothing left to watch
-            self.monitor.close()
-        self.monitor.socket.close()
+        self.monitor.close()
         self.socket.close()

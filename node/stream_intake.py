@@ -275,7 +275,6 @@ class StreamIntake:
         """
         with self._lock:
             left = self._ring.clear()
-            self._end_is_due |= self._ends_in_ring > 0
             num_waiting = len(left) - self._ends_in_ring + self._num_decoding + len(self._chunker.clear())
             num_waiting += sum(chunk.num_frames for chunk in self._ready)
             self._ready.clear()

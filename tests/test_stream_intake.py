@@ -1,5 +1,6 @@
 """Every frame is accounted for, whatever order things happen in."""
 
+import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -151,6 +152,20 @@ def test_no_more_chunks_are_in_flight_than_allowed():
     assert front.take() is not None
 
 
+def test_chunks_of_many_sizes_wait_their_turn_too():
+    front = bench(chunk_frames=4, max_in_flight=1)
+    front.send(4)
+    batch = front.take()
+    assert batch is not None
+    sizes = [Decoded(np.zeros((2, width, 3), np.uint8), 1.0) for width in (4, 8, 4, 8)]
+    front.intake.give_back(batch, sizes)
+    assert [len(front.submit()) for _ in range(2)] == [1, 0]
+    assert front.take() is None and front.counters.pending == 4
+    front.settle()
+    assert front.run() == [[1, 1], [2, 2]]
+    assert front.counters.pending == 1
+
+
 def test_the_end_of_a_stream_flushes_what_is_left_after_all_earlier_frames():
     front = bench(chunk_frames=4)
     front.send(7)
@@ -265,6 +280,22 @@ def test_a_reset_drops_what_waits_everywhere_and_starts_the_clock_anew():
     front.give_back(front.take())
     front.submit()
     assert [picture.stream_ns for picture in front.in_flight[0][0].pictures] == [n * 40 * MS for n in range(4)]
+
+
+def test_nothing_moves_while_the_engine_is_told_of_a_reset():
+    front = bench()
+    mover = threading.Thread(target=front.send)
+    done: Future[CacheInfo] = Future()
+
+    def reset_engine() -> Future[CacheInfo]:
+        mover.start()
+        mover.join(0.02)
+        assert mover.is_alive() and len(front.in_flight) == 0
+        return done
+
+    assert front.intake.reset(reset_engine) is done
+    mover.join()
+    assert (front.counters.received, front.counters.dropped) == (1, {})
 
 
 def test_frames_that_were_being_decoded_at_a_reset_stay_out():
