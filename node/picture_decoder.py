@@ -18,6 +18,7 @@ RGB_FLAG: int | None = getattr(cv2, "IMREAD_COLOR_RGB", None)
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNK = struct.Struct(">I4s")  # length, type; then the data and 4 bytes of checksum
 _JPEG_END = b"\xff\xd9"
+_TO_RGB = {"bgr8": cv2.COLOR_BGR2RGB, "mono8": cv2.COLOR_GRAY2RGB}
 # SOF0 to SOF15 hold the picture's size; C4, C8 and CC in that range are other segments.
 _JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
@@ -85,9 +86,7 @@ def _decode_raw(header: FrameHeader, data: np.ndarray) -> np.ndarray:
     if step < row_bytes or data.size != step * header.h:
         raise PictureError("bad_size", f"{data.size} bytes are not {header.h} rows of {step} bytes")
     pixels = data.reshape(header.h, step)[:, :row_bytes].reshape(header.h, header.w, -1)
-    if header.enc == "mono8":
-        return cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_GRAY2RGB)
-    return pixels[:, :, ::-1].copy() if header.enc == "bgr8" else pixels.copy()
+    return pixels.copy() if header.enc == "rgb8" else cv2.cvtColor(np.ascontiguousarray(pixels), _TO_RGB[header.enc])
 
 
 def _stated(value: int | object, default: int) -> int:
