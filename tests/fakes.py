@@ -357,8 +357,10 @@ class FakeEngine:
 
     # The thread
 
-    def _submit(self, stream: str, steps: Iterator[None], **kind: bool) -> Future[Any]:
-        work = _Work(stream, steps, **kind)
+    def _submit(
+        self, stream: str, steps: Iterator[None], *, is_encode: bool = False, is_question: bool = False
+    ) -> Future[Any]:
+        work = _Work(stream, steps, is_encode=is_encode, is_question=is_question)
         with self._wake:
             if self._closed.is_set():
                 work.future.cancel()

@@ -1,9 +1,12 @@
 """The whole way of a frame, from a real publisher to an engine's memory."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -269,7 +272,7 @@ def test_cameras_are_let_in_by_key(engine: FakeEngine, context: zmq.Context, tmp
     try:
         with Intake(engine, context=context, bind=TCP, secure=secure) as intake:
             add_stream(engine, intake)
-            keys = {"server_key": tmp_path / "node.key"}
+            keys: dict[str, Any] = {"server_key": tmp_path / "node.key"}
             with publisher(intake, **keys, client_key=tmp_path / "camera.key_secret") as camera:
                 publish(camera, 2)
                 until(lambda: intake.counters("front").encoded == 2)
@@ -320,3 +323,8 @@ def test_closing_is_quick_while_frames_come_and_the_engine_stands_still(engine: 
         intake.close()
         assert time.monotonic() - started < 1.0
     engine.let_go()
+
+
+def test_the_frames_side_of_the_node_needs_no_torch():
+    check = "import sys, onlooker.node.intake; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0

@@ -1,12 +1,12 @@
 import pytest
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from onlooker.node.session_gate import SessionGate
 from onlooker.protocol.codec import ReceivedFrame
 from onlooker.protocol.messages import FrameHeader
 
 
-def frame(session: str, seq: int, eos: bool = False, fps=UNSET) -> ReceivedFrame:
+def frame(session: str, seq: int, eos: bool = False, fps: float | UnsetType = UNSET) -> ReceivedFrame:
     return ReceivedFrame(FrameHeader(session=session, stream="front", ts=0, enc="jpeg", eos=eos, fps=fps), seq, b"x")
 
 

@@ -37,8 +37,8 @@ CACHE = CacheInfo(
 class Bench:
     """A stream whose every step is taken by hand; time stands still unless it is moved."""
 
-    options: StreamOptions = field(default_factory=lambda: StreamOptions(name="front", chunk_frames=2, ring_frames=8))
-    max_in_flight: int = 2
+    options: StreamOptions
+    max_in_flight: int
     now: float = 0.0
     session: str = "a"
     seq: int = 0
@@ -104,8 +104,9 @@ class Bench:
         return self.intake.stats(CACHE)
 
 
-def bench(max_in_flight: int = 2, **options) -> Bench:
-    return Bench(StreamOptions(name="front", **{"chunk_frames": 2, "ring_frames": 8} | options), max_in_flight)
+def bench(max_in_flight: int = 2, *, chunk_frames: int = 2, ring_frames: int = 8, stride: int = 1) -> Bench:
+    options = StreamOptions(name="front", chunk_frames=chunk_frames, ring_frames=ring_frames, stride=stride)
+    return Bench(options, max_in_flight)
 
 
 def accounted(counters: FrameCounters) -> int:
