@@ -57,7 +57,7 @@ def _run(node: Node, config: NodeConfig, load_engine: LoadEngine, signals: Signa
     try:
         node.start()
         with signals.interrupting():
-            engine = load_engine(config)
+            engine = _loaded(config, load_engine)
             node.attach(engine)
         if print_ready:
             _print_ready(node, config)
@@ -67,15 +67,19 @@ def _run(node: Node, config: NodeConfig, load_engine: LoadEngine, signals: Signa
     except StartError as error:
         logger.error("%s", error)
         return EXIT_FAILED
-    except (OSError, ValueError, ImportError) as error:
-        logger.error("the model %s cannot be loaded: %s", config.model, error)
-        logger.debug("where it failed", exc_info=error)
-        return EXIT_FAILED
     finally:
         node.close()
         if engine is not None:
             engine.close(ENGINE_CLOSE_S)
     return 0
+
+
+def _loaded(config: NodeConfig, load_engine: LoadEngine) -> ClosableEngine:
+    try:
+        return load_engine(config)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # of files, the device, or a missing package
+        logger.debug("where loading failed", exc_info=error)
+        raise StartError(f"model: {config.model} cannot be loaded: {error}") from error
 
 
 def _load_engine(config: NodeConfig) -> ClosableEngine:

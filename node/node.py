@@ -107,8 +107,8 @@ class Node:
         Raises StartError if the frames endpoint cannot be had, or a stream cannot be added.
         """
         intake = Intake(engine, context=self._context, bind=self._config.endpoints.frames, secure=self._security.secure)
-        _starting(f"endpoints.frames: cannot listen at {self._config.endpoints.frames}", intake.start)
         self._open.callback(intake.close)
+        _starting(f"endpoints.frames: cannot listen at {self._config.endpoints.frames}", intake.start)
         self._state.listens("frames", intake.bound_endpoint or self._config.endpoints.frames)
         self._state.attach(engine, intake)
         for stream in self._config.streams:

@@ -1,7 +1,7 @@
 """A node process around a FakeEngine: `python fake_node.py WORD_S LOAD_S CLOSE_S [flags of onlooker.node]`.
 
 Its model takes LOAD_S seconds to load and CLOSE_S to end, its answers WORD_S a word, and every stream has seen
-one chunk.
+one chunk. A model named `broken` cannot be loaded.
 """
 
 import sys
@@ -32,6 +32,8 @@ class SeenEngine(FakeEngine):
 
 
 def load_engine(config: NodeConfig) -> SeenEngine:
+    if config.model == "broken":
+        raise OSError("there is no such checkpoint")
     time.sleep(LOAD_S)
     return SeenEngine(word_s=WORD_S)
 

@@ -1,10 +1,9 @@
 """A node around a fake engine, and the plainest clients there can be: raw sockets and the msgpack package."""
 
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import msgpack
 import numpy as np
@@ -17,8 +16,6 @@ from onlooker.node.node import Node
 
 FREE_PORTS = {f"endpoints.{name}": "tcp://127.0.0.1:*" for name in ("frames", "ask", "control", "telemetry")}
 PATIENCE_MS = 5000
-
-T = TypeVar("T")
 
 
 @contextmanager
@@ -35,15 +32,6 @@ def remember(engine: FakeEngine, num_frames: int = 2, stream: str = "front", fir
     pixels = np.zeros((4, 4, 3), np.uint8)
     seqs = range(first_seq, first_seq + num_frames)
     engine.encode(stream, Chunk(tuple(Picture(pixels, seq, seq * 1000, "capture", seq) for seq in seqs))).result(5)
-
-
-def poll_until(get: Callable[[], T], seconds: float = 5.0) -> T:
-    """Call until the result is true, and return it."""
-    end = time.monotonic() + seconds
-    while not (result := get()):
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.005)
-    return result
 
 
 def packed(value: object) -> bytes:

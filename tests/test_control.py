@@ -6,8 +6,9 @@ import msgspec
 import numpy as np
 import pytest
 import zmq
+from deadline import until
 from fakes import FakeEngine
-from nodes import RawClient, poll_until, remember, running_node
+from nodes import RawClient, remember, running_node
 
 from onlooker.node.node import Node
 from onlooker.protocol.codec import encode_frame
@@ -132,16 +133,16 @@ def test_marks_are_set_listed_rolled_back_to_and_deleted(engine: FakeEngine, cli
 def test_after_a_reset_nothing_received_before_it_is_remembered(engine: FakeEngine, node: Node, client: RawClient):
     with Camera(node.endpoints["frames"]) as camera:
         camera.publish(6)  # a chunk of 4, and two that wait for more
-        poll_until(lambda: len(engine.pictures("front")) == 4)
-        poll_until(lambda: client.ok("streams")["streams"][0]["frames"]["received"] == 6)
+        until(lambda: len(engine.pictures("front")) == 4)
+        until(lambda: client.ok("streams")["streams"][0]["frames"]["received"] == 6)
         engine.hold()
         camera.publish(4)
-        poll_until(lambda: client.ok("streams")["streams"][0]["frames"]["received"] == 10)
+        until(lambda: client.ok("streams")["streams"][0]["frames"]["received"] == 10)
         client.send("reset", FRONT)
         engine.let_go()
         assert client.receive()["data"]["num_tokens"] == 0
         camera.publish(4)
-        poll_until(lambda: engine.pictures("front"))
+        until(lambda: engine.pictures("front"))
         assert [picture.seq for picture in engine.pictures("front")] == [10, 11, 12, 13]
         frames = client.ok("streams")["streams"][0]["frames"]
         assert frames["received"] == frames["encoded"] + frames["pending"] + sum(frames["dropped"].values())
@@ -152,7 +153,7 @@ def test_a_stream_is_added_and_removed_at_run_time(engine: FakeEngine, node: Nod
     assert sorted(engine.streams()) == ["back", "front"]
     with Camera(node.endpoints["frames"], "back") as camera:
         camera.publish(2)
-        poll_until(lambda: engine.pictures("back"))
+        until(lambda: engine.pictures("back"))
     assert client.error("stream_add", {"stream": "back"})["code"] == "STREAM_EXISTS"
     client.ok("stream_remove", {"stream": "back"})
     assert engine.streams() == ["front"]
@@ -197,11 +198,11 @@ def test_a_paused_stream_drops_frames_until_it_is_resumed(engine: FakeEngine, no
     client.ok("stream_pause", FRONT)
     with Camera(node.endpoints["frames"]) as camera:
         camera.publish(3)
-        poll_until(lambda: client.ok("streams")["streams"][0]["frames"]["dropped"] == {"paused": 3})
+        until(lambda: client.ok("streams")["streams"][0]["frames"]["dropped"] == {"paused": 3})
         assert client.ok("streams")["streams"][0]["state"] == "paused"
         client.ok("stream_resume", FRONT)
         camera.publish(4)
-        poll_until(lambda: len(engine.pictures("front")) == 4)
+        until(lambda: len(engine.pictures("front")) == 4)
 
 
 @pytest.mark.parametrize("endpoint", ["cache_info", "reset", "marks", "stream_remove", "stream_pause", "stream_resume"])
@@ -215,11 +216,11 @@ def test_a_question_is_cancelled_from_the_control_socket(engine: FakeEngine, nod
     engine.hold()
     with RawClient(node.endpoints["ask"]) as asker:
         request_id = asker.send("ask", FRONT | {"question": "a b"})
-        poll_until(lambda: engine.question_counters().waiting)
+        until(lambda: engine.question_counters().waiting)
         client.ok("cancel", {"id": request_id, "session": asker.session})
         assert asker.receive()["error"]["code"] == "CANCELLED"
     engine.let_go()
-    poll_until(lambda: engine.question_counters().failed == {"CANCELLED": 1})
+    until(lambda: engine.question_counters().failed == {"CANCELLED": 1})
 
 
 def test_cancelling_what_is_not_open_is_no_error(client: RawClient):

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,17 @@ from typing import IO, Any
 import msgpack
 import pytest
 import zmq
+from deadline import until
 from fakes import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nodes import FREE_PORTS, RawClient, packed, poll_until, remember, running_node
+from nodes import FREE_PORTS, RawClient, packed, remember, running_node
 
 from onlooker.node.config import load
 from onlooker.node.node import Node, StartError
+from onlooker.protocol.client import NodeClient
 from onlooker.protocol.endpoints import ENDPOINTS
+from onlooker.protocol.errors import NoReplyError
 
 FAKE_NODE = Path(__file__).parent / "fake_node.py"
 QUESTION = {"stream": "front", "question": "one two three four five six seven eight nine ten"}
@@ -103,7 +107,7 @@ def test_a_node_killed_amid_a_question_is_silent_and_the_next_one_answers(tmp_pa
         asker = RawClient(endpoints["endpoints.ask"], zmq.REQ, REQ_CORRELATE=1, REQ_RELAXED=1)
         with asker, RawClient(endpoints["endpoints.control"]) as control:
             asker.send("ask", QUESTION)
-            poll_until(lambda: control.ok("status")["questions"]["received"])
+            until(lambda: control.ok("status")["questions"]["received"])
             node.end(signal.SIGKILL)
             assert not asker.has_reply(100)
             with node_process(*flags(endpoints)) as next_node:  # what the dead one left is no obstacle
@@ -111,6 +115,36 @@ def test_a_node_killed_amid_a_question_is_silent_and_the_next_one_answers(tmp_pa
                 reply = asker.call("ask", QUESTION)
                 assert reply["data"]["text"] == QUESTION["question"]
                 assert first["session"] != second["session"] == reply["session"]
+
+
+def test_the_client_hears_of_a_killed_node_in_time_and_its_next_call_works(tmp_path: Path):
+    endpoints = ipc(tmp_path)
+    with NodeClient(endpoints["endpoints.ask"], endpoints["endpoints.control"]) as client:
+        with node_process(*flags(endpoints), word_s=5.0) as node, ThreadPoolExecutor(1) as pool:
+            client.wait_ready(20)
+            asked = pool.submit(client.ask, "front", QUESTION["question"], timeout_s=2.0)
+            until(lambda: client.status().questions.received)
+            node.end(signal.SIGKILL)
+            with pytest.raises(NoReplyError):
+                asked.result(3.0)
+        with node_process(*flags(endpoints)) as node:
+            node.wait_ready()
+            assert client.ask("front", QUESTION["question"]).text == QUESTION["question"]
+
+
+def test_a_client_with_time_left_gets_its_answer_from_the_node_that_comes_back(tmp_path: Path):
+    endpoints = ipc(tmp_path)
+    with (
+        NodeClient(endpoints["endpoints.ask"], endpoints["endpoints.control"]) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        with node_process(*flags(endpoints), word_s=5.0) as node:
+            client.wait_ready(20)
+            asked = pool.submit(client.ask, "front", QUESTION["question"], timeout_s=20.0)
+            until(lambda: client.status().questions.received)
+            node.end(signal.SIGKILL)
+        with node_process(*flags(endpoints)):
+            assert asked.result(20).text == QUESTION["question"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -143,7 +177,7 @@ def test_a_second_signal_ends_it_at_once():
     with node_process(*PORTS, close_s=60) as node:
         node.wait_ready()
         node.process.send_signal(signal.SIGTERM)
-        poll_until(lambda: "ending" in node.log())
+        until(lambda: "ending" in node.log())
         assert node.end(signal.SIGINT, within_s=1) == 130
 
 
@@ -163,6 +197,7 @@ def test_ping_is_answered_while_the_model_is_loaded_and_a_signal_ends_the_loadin
         (["--config", "nowhere.toml"], "onlooker: nowhere.toml: No such file or directory"),
         (["--set", "endpoints.ask=tcp://0.0.0.0:*"], "onlooker: endpoints.ask: tcp://0.0.0.0:* can be reached"),
         (["--log-level", "loud"], "onlooker: log.level: input should be"),
+        (["--device", "tpu"], "onlooker: device: must be auto, cpu, cuda, cuda:N or balanced, got 'tpu'"),
         (["--set", "oops"], "onlooker: 'oops' is not key=value"),
     ],
 )
@@ -188,6 +223,13 @@ def test_a_port_that_is_taken_is_named():
             assert "Traceback" not in node.log()
 
 
+def test_a_model_that_cannot_be_loaded_is_named():
+    with node_process(*PORTS, "--model", "broken") as node:
+        assert node.process.wait(10) == 1
+        assert "model: broken cannot be loaded: there is no such checkpoint" in node.log()
+        assert "Traceback" not in node.log()
+
+
 def test_help_needs_no_engine():
     command = [sys.executable, "-X", "importtime", "-m", "onlooker.node", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -205,7 +247,7 @@ def test_a_node_that_cannot_start_leaves_nothing_behind():
         config = load(None, {**FREE_PORTS, "endpoints.control": other.endpoints["control"]})
         with pytest.raises(StartError, match=r"endpoints\.control"):
             Node(config).start()
-    poll_until(lambda: threading.active_count() <= threads)
+    until(lambda: threading.active_count() <= threads)
 
 
 def test_a_frames_endpoint_that_is_taken_is_named():
@@ -240,7 +282,7 @@ def test_closing_ends_every_thread_and_may_be_repeated():
         with running_node(engine) as node:
             node.close()
         node.close()
-    poll_until(lambda: set(threading.enumerate()) <= before)
+    until(lambda: set(threading.enumerate()) <= before)
 
 
 # ------------------------------------------------------------------------------------------ any message
@@ -342,4 +384,4 @@ def test_another_protocol_on_the_port_harms_nobody(besieged: Node, line: bytes):
         odd.close()
         assert control.ok("ping")["live"]
         if line.startswith(b"GET"):
-            poll_until(lambda: control.ok("status")["rejected"].get("handshake_failed"))
+            until(lambda: control.ok("status")["rejected"].get("handshake_failed"))

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
+from deadline import until
 from fakes import FakeEngine
-from nodes import RawClient, poll_until, remember, running_node
+from nodes import RawClient, remember, running_node
 
 from onlooker.node.node import Node
 
@@ -172,7 +173,7 @@ def test_an_engine_that_is_not_ready_says_so(engine: FakeEngine, client: RawClie
 def test_a_question_that_a_reset_ends_is_cancelled(engine: FakeEngine, node: Node, client: RawClient):
     engine.hold()
     client.send("ask", QUESTION)
-    poll_until(lambda: engine.question_counters().waiting)
+    until(lambda: engine.question_counters().waiting)
     with RawClient(node.endpoints["control"]) as control:
         control.send("reset", {"stream": "front"})
         assert client.receive()["error"]["code"] == "CANCELLED"

@@ -10,8 +10,9 @@ import msgpack
 import numpy as np
 import pytest
 import zmq
+from deadline import until
 from fakes import FakeEngine
-from nodes import poll_until, running_node
+from nodes import running_node
 
 from onlooker.node.config import ConfigError
 from onlooker.node.node import Node
@@ -105,7 +106,7 @@ def test_nothing_else_opens_any_and_each_refusal_is_counted(context: zmq.Context
     assert is_shut(context, node, socket, keys.node.public, generate()), "an unlisted key"
     assert is_shut(context, node, socket, generate().public, keys.client), "a wrong server key"
     assert is_shut(context, node, socket, None, None), "no key at all"
-    poll_until(lambda: status(context, keys, node)["rejected"].get("handshake_failed", 0) >= 3)
+    until(lambda: status(context, keys, node)["rejected"].get("handshake_failed", 0) >= 3)
 
 
 def status(context: zmq.Context, keys: Keys, node: Node) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def test_a_camera_with_a_listed_key_is_remembered(context: zmq.Context, keys: Ke
         assert camera.poll(5000)
         for seq in range(4):
             camera.send_multipart(frame(seq))
-        poll_until(lambda: len(engine.pictures("front")) == 4)
+        until(lambda: len(engine.pictures("front")) == 4)
 
 
 def test_the_node_connects_to_a_camera_as_a_client_with_its_own_key(
@@ -143,7 +144,7 @@ def test_the_node_connects_to_a_camera_as_a_client_with_its_own_key(
             assert camera.poll(5000), "the node did not subscribe"
             for seq in range(4):
                 camera.send_multipart(frame(seq))
-            poll_until(lambda: len(engine.pictures("front")) == 4)
+            until(lambda: len(engine.pictures("front")) == 4)
 
 
 def test_a_client_with_keys_at_a_node_without_is_counted(context: zmq.Context, engine: FakeEngine, keys: Keys):

@@ -9,7 +9,8 @@ from concurrent.futures import Future
 import msgspec
 import pytest
 import zmq
-from nodes import RawClient, poll_until
+from deadline import until
+from nodes import RawClient
 
 from onlooker.node.requests import Call, Endpoint, Limits, Steps
 from onlooker.node.security import RefusedPeers
@@ -66,7 +67,7 @@ class Desk:
         raise ZeroDivisionError("a defect")
 
     def future(self, n: int = 0) -> Future[Word]:
-        poll_until(lambda: len(self.futures) > n)
+        until(lambda: len(self.futures) > n)
         return self.futures[n]
 
 
@@ -212,7 +213,7 @@ def test_work_that_must_not_stop_half_way_goes_on_past_its_deadline(desk: Desk, 
     again = client.error("must_end", WORD, **request)
     assert (again["code"], again["retryable"]) == ("BUSY", True)
     desk.future().set_result(Word(word="done"))
-    poll_until(lambda: client.call("must_end", WORD, **request).get("data") == {"word": "done"})
+    until(lambda: client.call("must_end", WORD, **request).get("data") == {"word": "done"})
     assert len(desk.futures) == 1
 
 
