@@ -470,29 +470,25 @@ def _muted_colours(rng: np.random.Generator, split: Split, rgbs: list[Rgb]) -> t
 def _waves(rng: np.random.Generator, split: Split, kind: str) -> tuple[tuple[Wave, ...], float]:
     """The waves of a background and their sharpness; the splits' frequencies lie in different bands."""
     heading, phase = rng.uniform(0, 2 * math.pi, 2)
-    across, down = math.cos(heading), math.sin(heading)
     test = split == "test"
     if kind == "gradient":
         cycles = rng.uniform(0.40, 0.50) if test else rng.uniform(0.25, 0.38)
-        return (Wave(1.0, cycles * across, cycles * down, phase),), 1.0
+        return (_wave(1.0, cycles, heading, phase),), 1.0
     if kind == "noise":
-        low, high = (1.7, 2.2) if test else (0.6, 1.6)
+        cycles = rng.uniform(1.7, 2.2, NUM_WAVES) if test else rng.uniform(0.6, 1.6, NUM_WAVES)
         headings, phases = rng.uniform(0, 2 * math.pi, (2, NUM_WAVES))
-        cycles = rng.uniform(low, high, NUM_WAVES)
-        return tuple(
-            Wave(0.45, float(c * math.cos(h)), float(c * math.sin(h)), float(p))
-            for c, h, p in zip(cycles, headings, phases, strict=True)
-        ), 1.0
+        return tuple(_wave(0.45, *each) for each in zip(cycles, headings, phases, strict=True)), 1.0
     cycles = rng.uniform(5.2, 6.5) if test else rng.choice([rng.uniform(2.0, 5.0), rng.uniform(6.8, 9.0)])
     if kind == "stripes":
-        return (Wave(1.0, cycles * across, cycles * down, phase),), float(rng.uniform(1.5, 5.0))
-    # A checker is sin(a) sin(b), which is the difference of two waves.
-    cycles /= 2
-    both, apart = (across - down, across + down), (across + down, down - across)
-    return (
-        Wave(0.5, cycles * both[0], cycles * both[1], phase),
-        Wave(-0.5, cycles * apart[0], cycles * apart[1], phase),
-    ), float(rng.uniform(3.0, 8.0))
+        return (_wave(1.0, cycles, heading, phase),), float(rng.uniform(1.5, 5.0))
+    # A checker: two waves across each other, their sum cut off. Its fields stand on their corners to both.
+    cycles /= math.sqrt(2)
+    both = _wave(0.5, cycles, heading, phase), _wave(0.5, cycles, heading + math.pi / 2, phase)
+    return both, float(rng.uniform(3.0, 8.0))
+
+
+def _wave(amplitude: float, cycles: float, heading: float, phase: float) -> Wave:
+    return Wave(amplitude, float(cycles * math.cos(heading)), float(cycles * math.sin(heading)), float(phase))
 
 
 def _light(rng: np.random.Generator) -> Light:
