@@ -52,8 +52,8 @@ class Branch:
         self.num_own = 0
         self._model = model
         self._scratch = scratch
-        self._slot = scratch.take()
         self._fingerprint = memory.fingerprint(snapshot)
+        self._slot = scratch.take()  # last: nothing after it can fail and keep the slot
 
     def close(self) -> None:
         """Give the slot back."""
@@ -95,6 +95,11 @@ class Branch:
         self.num_own += 1
         self.next_position += 1
         return Place(self.memory.extent(self.snapshot), self.own)
+
+    @property
+    def slot_tokens(self) -> int:
+        """How many tokens the slot holds in all."""
+        return self._scratch.slot_tokens
 
     @property
     def own(self) -> Extent:
