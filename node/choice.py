@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: one prefill, all options as one batch on the shared prefix."""
+"""Multiple choice by likelihood: one prefill, the options as one batch on the shared prefix."""
 
 import time
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ def choose(model: VisionLanguageModel, branch: Branch, request: AskChoice, *, ar
     started = time.monotonic()
     snapshot, layout = branch.snapshot, branch.memory.layout
     options = [_option_ids(model, option) for option in request.options]
-    branch.require_room(max(len(option) for option in options))
-    prefix = branch.prefill(layout.question(snapshot.layout, request.question))
+    question, by_itself = (layout.question(state, request.question) for state in (snapshot.layout, LayoutState()))
+    branch.require_room(max(len(tokens) for tokens in (question, by_itself, *options)))
+    prefix = branch.prefill(question)
     first_token = time.monotonic()
     seen = _log_probs(branch, prefix, options)
-    prefix = branch.prefill_unseen(layout.question(LayoutState(), request.question))
-    unseen = _log_probs(branch, prefix, options)
+    unseen = _log_probs(branch, branch.prefill_unseen(by_itself), options)
     scores = _scores(request, seen, unseen)
     ranked = np.array([getattr(score, request.rank_by) for score in scores])
     best, *rest = np.argsort(-ranked, kind="stable").tolist()
@@ -61,13 +61,34 @@ def _option_ids(model: VisionLanguageModel, option: str) -> list[int]:
 
 def _log_probs(branch: Branch, prefix: Tensor, options: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """Log-probability of each token of each option after the branch; prefix (vocabulary,) is its next logits."""
+    first = prefix.log_softmax(-1)
+    return [row for batch in _batches(options, branch.slot_tokens) for row in _score(branch, first, batch)]
+
+
+def _batches(options: Sequence[Sequence[int]], max_tokens: int) -> list[list[Sequence[int]]]:
+    """Options that are scored together: one that is very long must not make all the others as long as itself."""
+    batches: list[list[Sequence[int]]] = []
+    for option in options:
+        longest = max(map(len, [*batches[-1], option])) if batches else 0
+        if batches and longest * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(option)
+        else:
+            batches.append([option])
+    return batches
+
+
+def _score(branch: Branch, first: Tensor, options: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """See `_log_probs`; first (vocabulary,) is the log-probabilities of every first token."""
     longest = max(len(option) for option in options)
     ids = np.array([[*option, *[0] * (longest - len(option))] for option in options])
-    later = branch.continuations(ids[:, :-1])  # (batch, longest - 1, vocabulary)
-    first = prefix.expand(len(options), 1, -1)
-    log_probs = torch.cat([first, later], dim=1).log_softmax(-1)
-    chosen = log_probs.gather(-1, torch.from_numpy(ids).to(log_probs.device)[..., None])[..., 0].cpu().numpy()
-    return [row[: len(option)] for row, option in zip(chosen, options, strict=True)]
+    targets = torch.from_numpy(ids).to(first.device)
+    log_probs = first[targets[:, :1]]
+    if longest > 1:
+        logits = branch.continuations(ids[:, :-1])  # (batch, longest - 1, vocabulary)
+        later = logits.gather(-1, targets[:, 1:, None])[..., 0] - logits.logsumexp(-1)
+        log_probs = torch.cat([log_probs, later], dim=1)
+    rows = log_probs.cpu().numpy()
+    return [row[: len(option)] for row, option in zip(rows, options, strict=True)]
 
 
 def _scores(request: AskChoice, seen: list[np.ndarray], unseen: list[np.ndarray]) -> list[OptionScore]:
