@@ -27,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nodes import FREE_PORTS, RawClient, packed, remember, running_node
 
+from onlooker.node.__main__ import main
 from onlooker.node.config import load
 from onlooker.node.node import Node, StartError
 from onlooker.protocol.client import NodeClient
@@ -201,10 +202,17 @@ def test_ping_is_answered_while_the_model_is_loaded_and_a_signal_ends_the_loadin
         (["--set", "oops"], "onlooker: 'oops' is not key=value"),
     ],
 )
-def test_a_mistake_in_the_configuration_is_one_line_and_status_two(arguments: list[str], line: str):
-    with node_process(*PORTS, *arguments) as node:
+def test_a_mistake_in_the_configuration_is_one_line_and_status_two(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_a_process_with_a_mistake_in_its_configuration_ends_without_a_traceback():
+    with node_process("--set", "questions.max_waiting=none") as node:
         assert node.process.wait(10) == 2
-        assert node.log().startswith(line)
+        assert node.log().startswith("onlooker: questions.max_waiting: ")
         assert "Traceback" not in node.log()
 
 
