@@ -1,1 +1,80 @@
 """What goes over the wire, and the clients that speak it. PROTOCOL.md is the authority."""
+
+from .camera import FramePublisher
+from .client import NodeClient
+from .codec import TelemetryRecord
+from .errors import (
+    AuthError,
+    ClosedError,
+    DecodeError,
+    ErrorCode,
+    NodeError,
+    NoReplyError,
+    OnlookerError,
+)
+from .interface import VideoMemory
+from .messages import (
+    PROTOCOL_VERSION,
+    UNSET,
+    Answer,
+    AnswerTiming,
+    CacheInfo,
+    Choice,
+    Event,
+    FrameCounters,
+    Hello,
+    Mark,
+    Marks,
+    NodeStats,
+    OptionScore,
+    PartialAnswer,
+    Pong,
+    Provenance,
+    QuestionCounters,
+    StageTimings,
+    StreamSpec,
+    StreamStats,
+    Vram,
+)
+from .sockets import ASK_ENDPOINT, CONTROL_ENDPOINT, FRAMES_ENDPOINT, TELEMETRY_ENDPOINT
+from .telemetry import TelemetrySubscriber
+
+__all__ = [
+    "ASK_ENDPOINT",
+    "CONTROL_ENDPOINT",
+    "FRAMES_ENDPOINT",
+    "PROTOCOL_VERSION",
+    "TELEMETRY_ENDPOINT",
+    "UNSET",
+    "Answer",
+    "AnswerTiming",
+    "AuthError",
+    "CacheInfo",
+    "Choice",
+    "ClosedError",
+    "DecodeError",
+    "ErrorCode",
+    "Event",
+    "FrameCounters",
+    "FramePublisher",
+    "Hello",
+    "Mark",
+    "Marks",
+    "NoReplyError",
+    "NodeClient",
+    "NodeError",
+    "NodeStats",
+    "OnlookerError",
+    "OptionScore",
+    "PartialAnswer",
+    "Pong",
+    "Provenance",
+    "QuestionCounters",
+    "StageTimings",
+    "StreamSpec",
+    "StreamStats",
+    "TelemetryRecord",
+    "TelemetrySubscriber",
+    "VideoMemory",
+    "Vram",
+]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 import zmq
 
 from .codec import Buffer, check_frame, check_stream_name, encode_frame, frame_topic
-from .curve import DOMAIN, become_client, become_server, load_keypair, load_public
+from .curve import DOMAIN, become_client, become_server, load_credentials, load_keypair, load_public
 from .errors import ClosedError, DecodeError, NoReplyError
 from .messages import RAW_CHANNELS, FrameHeader, TimeKind, or_unset
 from .sockets import FRAMES_ENDPOINT, FRAMES_HWM, HandshakeMonitor, bind, connect, open_socket
@@ -59,6 +59,8 @@ class FramePublisher:
             raise ValueError("a publisher either connects or binds")
         if (server_key is None) != (client_key is None):
             raise ValueError("server_key and client_key go together")
+        if not 0 < send_timeout_s < float("inf"):
+            raise ValueError(f"send_timeout_s must be above 0, got {send_timeout_s}")
         try:
             self.stream = check_stream_name(stream)
         except DecodeError as error:
@@ -103,8 +105,9 @@ class FramePublisher:
                 become_server(self._socket, load_keypair(own))
             self.endpoint = bind(self._socket, self.endpoint)
         else:
-            if peer is not None and own is not None:
-                become_client(self._socket, load_public(peer), load_keypair(own))
+            credentials = load_credentials(peer, own)
+            if credentials is not None:
+                become_client(self._socket, credentials.server_public, credentials.pair)
             connect(self._socket, self.endpoint)
 
     def _admit(self, keys: frozenset[bytes]) -> None:

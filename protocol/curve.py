@@ -39,6 +39,26 @@ class KeyPair:
     secret: bytes | None = field(default=None, repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a socket that connects shows, and whom it expects."""
+
+    server_public: bytes
+    pair: KeyPair
+
+
+def load_credentials(server_key: Path | None, client_key: Path | None) -> Credentials | None:
+    """Read a server's public key and a client's own secret key; None if neither is given.
+
+    Raises OSError, or ValueError for one without the other and for files that are no such keys.
+    """
+    if server_key is None and client_key is None:
+        return None
+    if server_key is None or client_key is None:
+        raise ValueError("server_key and client_key go together")
+    return Credentials(load_public(server_key), load_keypair(client_key))
+
+
 def generate() -> KeyPair:
     """Make a new pair."""
     return KeyPair(*zmq.curve_keypair())

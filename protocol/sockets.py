@@ -1,11 +1,11 @@
 """How every ZeroMQ socket of this protocol is opened, and what its monitor says about the connection."""
 
+import struct
 from collections.abc import Iterator
 from ipaddress import IPv6Address, ip_address
 from typing import Literal, NamedTuple
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from .errors import AuthError
 
@@ -124,19 +124,25 @@ class HandshakeMonitor:
     def __init__(self, watched: zmq.Socket) -> None:
         self._watched = watched
         self._num_broken = 0
+        self._refusal: ConnectionEvent | None = None
         self.socket: zmq.Socket = watched.get_monitor_socket(_WATCHED)  # for a poller
 
     def events(self) -> Iterator[ConnectionEvent]:
         """Take the events that are there, without waiting."""
         while self.socket.poll(0):
-            message = recv_monitor_message(self.socket)
-            yield self._event(message["event"], message["value"], message["endpoint"].decode())
+            # Read here and not by zmq.utils.monitor, which loads asyncio.
+            facts, endpoint = self.socket.recv_multipart()
+            event = self._event(*struct.unpack("=Hi", facts), endpoint.decode())
+            if event.is_final or event.kind == "ready":
+                self._refusal = event if event.is_final else None
+            yield event
 
     def raise_if_refused(self) -> None:
-        """Take the events that are there. Raises AuthError if one is a final refusal."""
-        for event in self.events():
-            if event.is_final:
-                raise AuthError(event.endpoint, event.reason)
+        """Take the events that are there. Raises AuthError if the last handshake was a final refusal."""
+        for _ in self.events():
+            pass
+        if self._refusal is not None:
+            raise AuthError(self._refusal.endpoint, self._refusal.reason)
 
     def _event(self, event: int, value: int, endpoint: str) -> ConnectionEvent:
         match event:
@@ -164,5 +170,9 @@ class HandshakeMonitor:
         return ConnectionEvent("refused", endpoint, reason, is_final)
 
     def close(self) -> None:
-        self._watched.disable_monitor()
-        self.socket.close(linger=0)
+        try:
+            self._watched.disable_monitor()
+        except zmq.ContextTerminated:
+            pass  # nothing happens to the socket any more
+        finally:
+            self.socket.close(linger=0)
