@@ -313,7 +313,7 @@ def quantise(drawn: Floats, noise: Floats, rng: np.random.Generator) -> npt.NDAr
     ):
         frame += grain[offset : offset + num_values].reshape(frame.shape) * (255 * deviation)
     levels += 0.5
-    return np.moveaxis(np.clip(levels, 0, 255).astype(np.uint8), 1, -1)
+    return np.moveaxis(np.clip(levels, 0, 255, out=levels).astype(np.uint8), 1, -1)
 
 
 @functools.cache
