@@ -9,6 +9,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video import VideoStream
 
 WIDTH, HEIGHT = 64, 48
 
@@ -29,18 +30,25 @@ def write_clip(
     *,
     fps: float = 10.0,
     times_ms: Sequence[int] | None = None,
-    size: tuple[int, int] = (WIDTH, HEIGHT),
     codec: str = "mpeg4",
 ) -> Path:
     """Write pictures 0, 1, ... at a constant rate, or shown at `times_ms`."""
     times_ms = times_ms or [round(n * 1000 / fps) for n in range(num_frames)]
+    pictures = [np.full((HEIGHT, WIDTH, 3), grey(n), np.uint8) for n in range(len(times_ms))]
+    return write_pictures(path, pictures, times_ms, fps=fps, codec=codec)
+
+
+def write_pictures(
+    path: Path, pictures: Sequence[np.ndarray], times_ms: Sequence[int], *, fps: float = 10.0, codec: str = "mpeg4"
+) -> Path:
+    """Write RGB pictures, each shown from its time on."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height = size
+        assert isinstance(stream, VideoStream)
+        stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
-        for n, time_ms in enumerate(times_ms):
-            pixels = np.full((size[1], size[0], 3), grey(n), np.uint8)
+        for pixels, time_ms in zip(pictures, times_ms, strict=True):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = time_ms, Fraction(1, 1000)
             container.mux(stream.encode(frame))

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import HEIGHT, WIDTH, number, write_clip
+from clips import HEIGHT, WIDTH, number, write_clip, write_pictures
 
 from onlooker.tools.video import ReaderName, Selection, VideoError, open_video, read_video
 
@@ -11,9 +11,7 @@ MS = 1_000_000
 READERS = pytest.mark.parametrize("reader", ["av", "cv2"])
 
 
-def shown(
-    path: Path, selection: Selection | None = None, *, reader: ReaderName = "auto"
-) -> list[tuple[int, int]]:
+def shown(path: Path, selection: Selection | None = None, *, reader: ReaderName = "auto") -> list[tuple[int, int]]:
     """Number and time in ms of each picture read."""
     return [(number(f.pixels), f.media_ns // MS) for f in read_video(str(path), selection, reader=reader)]
 
@@ -87,7 +85,9 @@ def test_a_sideways_recording_is_turned_upright(tmp_path: Path, reader: ReaderNa
 
 
 def test_both_readers_turn_a_recording_the_same_way(tmp_path: Path) -> None:
-    clip = _write_gradient(tmp_path / "clip.mp4")
+    row = np.linspace(0, 255, WIDTH, dtype=np.uint8)  # dark on the left, bright on the right
+    gradient = np.ascontiguousarray(np.broadcast_to(row[None, :, None], (HEIGHT, WIDTH, 3)))
+    clip = write_pictures(tmp_path / "clip.mp4", [gradient] * 2, [0, 100])
     _turn(clip)
     by_av, by_cv2 = (next(read_video(str(clip), reader=reader)).pixels for reader in ("av", "cv2"))
     assert np.abs(by_av.astype(int) - by_cv2.astype(int)).max() < 16
@@ -147,21 +147,6 @@ def test_a_selection_that_cannot_work_names_its_field(settings: dict[str, float]
         Selection(**settings)  # pyright: ignore[reportArgumentType]
 
 
-def _write_gradient(path: Path) -> Path:
-    """A clip that is dark on the left and bright on the right."""
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        row = np.linspace(0, 255, WIDTH, dtype=np.uint8)
-        pixels = np.broadcast_to(row[None, :, None], (HEIGHT, WIDTH, 3))
-        for _ in range(2):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels))))
-        container.mux(stream.encode())
-    return path
-
-
 def _turn(clip: Path) -> None:
     """Write a quarter turn into the track header, as phones do."""
     content = clip.read_bytes()
@@ -173,7 +158,5 @@ def _turn(clip: Path) -> None:
 
 def _wav() -> bytes:
     samples = b"\x00\x00" * 800
-    head = struct.pack(
-        "<4sI4s4sIHHIIHH", b"RIFF", 36 + len(samples), b"WAVE", b"fmt ", 16, 1, 1, 8000, 16000, 2, 16
-    )
+    head = struct.pack("<4sI4s4sIHHIIHH", b"RIFF", 36 + len(samples), b"WAVE", b"fmt ", 16, 1, 1, 8000, 16000, 2, 16)
     return head + struct.pack("<4sI", b"data", len(samples)) + samples
