@@ -31,8 +31,8 @@ CLOCK_GRACE_S = 0.05  # a camera that is some milliseconds early must not fall a
 MAX_CORPUS_S = 99
 # Where one answer would come too often, most of its questions are dropped:
 EMPTY_SEEN_SHARE = 0.1  # has x appeared, before anything did
-EMPTY_VIEW_SHARE = 0.5  # is x visible, with nothing in view (at most)
-LONELY_SHARE = 0.25  # what came before or after the only thing there was
+EMPTY_VIEW_SHARE = 0.5  # what is visible, and is x, with nothing in view
+END_SHARE = 0.25  # what came before the first thing, or after the last
 STILL_SHARE = 0.3  # which way does it move, of a thing that stands still
 
 NOTHING_NOW = "nothing"
@@ -216,7 +216,7 @@ def _wrong_words(rng: np.random.Generator, seen: Iterable[str], known: Iterable[
 
 def _wrong_things(rng: np.random.Generator, right: str | None, seen: _Seen, nothing: str) -> Iterator[str]:
     """Things: some that were seen, half-right ones, any, and at times that there was none."""
-    if right is not None and rng.random() < 0.3:
+    if right is not None and rng.random() < 0.4:
         yield nothing
     names = [name for name in seen.names if name != right]
     yield from map(with_article, _shuffled(rng, names)[: rng.integers(1, NUM_OPTIONS)])
@@ -253,6 +253,8 @@ def _shape_now(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
 
 def _what_now(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
     names = [run.name for run in _in_reading_order(seen)]
+    if not names and rng.random() > EMPTY_VIEW_SHARE:
+        return None
     if len(names) < 2:
         answer = with_article(names[0]) if names else NOTHING_NOW
         return _Draft(answer, _wrong_things(rng, names[0] if names else None, seen, NOTHING_NOW))
@@ -356,13 +358,15 @@ def _before_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
 def _beside_x(seen: _Seen, rng: np.random.Generator, step: int, nothing: str) -> _Draft | None:
     """What came one step after or before a thing that appeared once."""
     known = seen.once()
-    if not known or (len(seen.runs) == 1 and rng.random() > LONELY_SHARE):
+    if not known:
         return None
     index = known[rng.integers(len(known))]
     beside = index + step
     if not seen.is_alone(index):
         return None
     if not 0 <= beside < len(seen.runs):
+        if rng.random() > END_SHARE:
+            return None
         return _thing_draft(rng, seen, None, seen.runs[index].name, nothing)
     if not seen.is_alone(beside):
         return None
@@ -382,19 +386,23 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _wrong_lists(rng: np.random.Generator, names: list[str]) -> Iterator[str]:
-    """Lists of other order, with one thing too few, too many, or another one: shorter, longer and as long."""
+    """Lists of other order or with another thing, and at times with one too few, or else with one too many.
+
+    Never both beside each other: then the list of middling length would be the right one too often.
+    """
+    extra = int(rng.integers(-1, 2))
     while True:
         other = list(names)
         place = int(rng.integers(len(names)))
-        match int(rng.integers(4)):
-            case 0:
-                other = _shuffled(rng, names)
-            case 1 if len(names) > 1:
-                del other[place]
-            case 2:
-                other.insert(place + 1, _half_right(rng, names[place]))
-            case _:
-                other[place] = _half_right(rng, names[place])
+        choice = rng.random()
+        if choice < 0.35:
+            other = _shuffled(rng, names)
+        elif choice < 0.65 and extra < 0 and len(names) > 1:
+            del other[place]
+        elif choice < 0.65 and extra > 0:
+            other.insert(place + 1, _half_right(rng, names[place]))
+        else:
+            other[place] = _half_right(rng, names[place])
         if len(set(other)) == len(other):
             yield _listed(other)
 
@@ -540,7 +548,7 @@ _DRAFTS: dict[str, Callable[[_Seen, np.random.Generator], _Draft | None]] = {
 KINDS = tuple(_DRAFTS)
 
 _FITS_SELDOM = {"colour_now": 2.0, "shape_now": 2.0, "where_now": 4.0, "motion_now": 6.0}
-_FITS_ALWAYS = {"what_now": 0.5, "how_many": 0.5}
+_FITS_ALWAYS = {"how_many": 0.5}
 _ODDS = np.array([(_FITS_SELDOM | _FITS_ALWAYS).get(kind, 1.0) for kind in KINDS])
 
 
