@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 from msgspec import UNSET
 from numpy.typing import NDArray
@@ -38,6 +39,7 @@ from ..protocol.messages import (
 from .config import NodeConfig
 from .engine import Engine, load_engine
 from .feeder import decode_timed
+from .question_limits import QuestionLimits
 from .stream_intake import StreamIntake
 
 T = TypeVar("T")
@@ -57,6 +59,7 @@ class LocalNode:
         self._timeout_s = _positive(timeout_s)
         self._config = NodeConfig()
         self._engine: Engine = load_engine(model, device=device, dtype=dtype)
+        self._limits = QuestionLimits.of(self._config.questions, self._engine.model)
         self._intakes: dict[str, StreamIntake] = {}
         self._session = uuid.uuid4().hex
         self._num_sent: dict[str, int] = {}
@@ -166,7 +169,7 @@ class LocalNode:
 
     def ask(self, stream: str, question: str, *, timeout_s: float | None = None, **options: Any) -> Answer:
         timeout_s, arrived = self._timeout(timeout_s), time.monotonic()
-        future = self._engine.ask(_ask(stream, question, options), arrived=arrived, deadline=arrived + timeout_s)
+        future = self._engine.ask(self._ask(stream, question, options), arrived=arrived, deadline=arrived + timeout_s)
         return self._wait(future, timeout_s)
 
     def ask_stream(
@@ -175,7 +178,7 @@ class LocalNode:
         timeout_s, arrived = self._timeout(timeout_s), time.monotonic()
         deltas: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         future = self._engine.ask(
-            _ask(stream, question, options), arrived=arrived, deadline=arrived + timeout_s, on_delta=deltas.put
+            self._ask(stream, question, options), arrived=arrived, deadline=arrived + timeout_s, on_delta=deltas.put
         )
         future.add_done_callback(lambda _: deltas.put(None))
         return _partials(future, deltas)
@@ -191,9 +194,8 @@ class LocalNode:
         timeout_s: float | None = None,
         **ignored: Any,
     ) -> Choice:
-        request = AskChoice(
-            stream=stream, question=question, options=list(options), rank_by=rank_by, as_of=_unset(as_of)
-        )
+        named = {"stream": stream, "question": question, "options": list(options), "rank_by": rank_by, "as_of": as_of}
+        request = self._limits.checked_choice(_request(AskChoice, named))
         timeout_s, arrived = self._timeout(timeout_s), time.monotonic()
         return self._wait(self._engine.ask_choice(request, arrived=arrived, deadline=arrived + timeout_s), timeout_s)
 
@@ -217,6 +219,9 @@ class LocalNode:
     def marks(self, stream: str) -> Marks:
         return self._wait(self._engine.marks(stream))
 
+    def _ask(self, stream: str, question: str, options: dict[str, Any]) -> Ask:
+        return self._limits.checked_ask(_request(Ask, {"stream": stream, "question": question, **options}))
+
     def _timeout(self, timeout_s: float | None) -> float:
         return self._timeout_s if timeout_s is None else _positive(timeout_s)
 
@@ -239,16 +244,14 @@ def _partials(future: Future[Answer], deltas: "queue.SimpleQueue[str | None]") -
         future.cancel()
 
 
-def _ask(stream: str, question: str, options: dict[str, Any]) -> Ask:
-    """A request from keyword arguments; those it does not know are left out."""
-    known = {name: value for name, value in options.items() if name in Ask.__struct_fields__ and value is not None}
-    if "stop" in known:
-        known["stop"] = list(known["stop"])
-    return Ask(stream=stream, question=question, **known)
-
-
-def _unset(value: T | None) -> Any:
-    return UNSET if value is None else value
+def _request(kind: type[T], named: dict[str, Any]) -> T:
+    """A request with the checks of the wire; arguments that it does not know, or that are None, are left out."""
+    fields = {field.name for field in msgspec.structs.fields(kind)}  # type: ignore[arg-type]
+    known = {name: value for name, value in named.items() if name in fields and value is not None}
+    try:
+        return msgspec.convert(known, kind)
+    except msgspec.ValidationError as error:
+        raise NodeError(ErrorCode.BAD_REQUEST, str(error)) from error
 
 
 def _positive(timeout_s: float) -> float:

@@ -5,7 +5,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -17,18 +16,10 @@ from ..protocol.messages import Hello, NodeStats, Pong, StreamStats
 from .config import Endpoints, NodeConfig
 from .engine_protocol import EngineProtocol, ModelInfo
 from .intake import Intake
+from .question_limits import QuestionLimits
 from .tally import Tally
 
 FEATURES: Sequence[str] = ("ask", "ask_choice", "partial", "cancel", "marks", "streams")
-
-
-@dataclass(frozen=True, slots=True)
-class QuestionLimits:
-    """What a question may ask for: the operator's bounds, or the model's where they are tighter."""
-
-    max_new_tokens: int
-    max_question_chars: int
-    max_options: int
 
 
 class NodeState:
@@ -89,12 +80,7 @@ class NodeState:
 
     @property
     def limits(self) -> QuestionLimits:
-        asked, model = self.config.questions, self.engine.model
-        return QuestionLimits(
-            max_new_tokens=min(asked.max_new_tokens, model.max_new_tokens),
-            max_question_chars=min(asked.max_question_chars, model.max_question_chars),
-            max_options=min(asked.max_options, model.max_options),
-        )
+        return QuestionLimits.of(self.config.questions, self.engine.model)
 
     def check_stream(self, stream: str) -> None:
         """Raises NodeError UNKNOWN_STREAM, which names the streams there are."""
