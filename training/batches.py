@@ -1,0 +1,265 @@
+"""Training batches: synthetic streams as the engine would lay them out, with questions branching off them.
+
+A row is one stream, chunk after chunk, followed by its questions. Every question sees the stream up to the
+chunk after which it is asked, and itself, but no other question: what a branch sees in the engine. Ids and
+positions come from the node's own layouts, so the model is trained on exactly what it will be given.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ..node.layout import LAYOUTS, Format, LayoutState, Patches, Span
+from ..tools.scene_questions import KINDS, Quiz, ask_about
+from ..tools.scenes import pack
+from ..tools.story import COLOURS, SHAPES, Split, Story, make_story
+
+# Merged tokens (rows, columns) of the encode sizes that a camera of usual shape gets; see the processor config.
+GRIDS = ((4, 4), (3, 5), (3, 4), (5, 3), (4, 3))
+CHUNK_FRAMES = np.array([1, 2, 4, 6, 8])
+CHUNK_ODDS = np.array([0.15, 0.2, 0.35, 0.1, 0.2])
+NATIVE_ODDS = 0.6
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How hard the streams of a batch may be; training widens it step by step."""
+
+    tokens: int = 96_000  # a batch, over all rows
+    max_patches: int = 48
+    num_questions: int = 16  # a stream
+    kinds: tuple[str, ...] = tuple(KINDS)
+
+
+class Shape(NamedTuple):
+    """What all rows of a batch have in common."""
+
+    layout: str
+    chunk_frames: int
+    num_chunks: int
+    grid: tuple[int, int]
+
+    @property
+    def num_frames(self) -> int:
+        return self.chunk_frames * self.num_chunks
+
+
+class Batch(NamedTuple):
+    """One batch as arrays; b rows of s tokens, of which the first `num_stream` are the stream."""
+
+    shape: Shape
+    scenes: Any  # SceneArrays over b * num_frames frames
+    ids: np.ndarray  # (b, s) int64
+    positions: np.ndarray  # (3, b, s) int64
+    visual: np.ndarray  # (s,) bool, the same in every row
+    branch: np.ndarray  # (b, s) int16: 0 for the stream, then one number for each question
+    limit: np.ndarray  # (b, s) int32: how many tokens of the stream are visible
+    labels: np.ndarray  # (b, s) int64: the next token where an answer is to be learned, else IGNORE
+    kinds: np.ndarray  # (b, s) int16: index into KINDS where there is a label, else -1
+    patch_truth: np.ndarray  # (b, num_patches, ...) what each temporal patch shows; see `_truth`
+
+
+class Streams(IterableDataset):
+    """Endless random batches, different in every worker, the same for a seed."""
+
+    def __init__(self, form: Format, seed: int, plan: Plan, split: Split = "train") -> None:
+        self._form = form
+        self._seed = seed
+        self._plan = plan
+        self._split = split
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        rng = np.random.default_rng([self._seed, worker.id if worker else 0])
+        while True:
+            yield make_batch(self._form, rng, self._plan, self._split)
+
+
+def make_batch(form: Format, rng: np.random.Generator, plan: Plan, split: Split = "train") -> Batch:
+    """One random batch within the plan's budget."""
+    shape = _shape(rng, plan)
+    num_stream = _stream_tokens(form, shape)
+    num_rows = max(4, min(96, plan.tokens // (num_stream + 28 * plan.num_questions)))
+    rows = [_row(form, rng, plan, shape, split) for _ in range(num_rows)]
+    longest = max(len(row.ids) for row in rows)
+    return Batch(
+        shape,
+        pack([row.story for row in rows], [row.times_s for row in rows]),
+        _padded([row.ids for row in rows], longest, 0),
+        np.stack([_padded([row.positions[axis] for row in rows], longest, 0) for axis in range(3)]),
+        np.append(rows[0].visual, np.zeros(longest - len(rows[0].visual), bool)),
+        _padded([row.branch for row in rows], longest, -1).astype(np.int16),
+        _padded([row.limit for row in rows], longest, 0).astype(np.int32),
+        _padded([row.labels for row in rows], longest, IGNORE),
+        _padded([row.kinds for row in rows], longest, -1).astype(np.int16),
+        np.stack([_truth(row.story, row.times_s, shape.chunk_frames) for row in rows]),
+    )
+
+
+class _Row(NamedTuple):
+    story: Story
+    times_s: np.ndarray
+    ids: np.ndarray
+    positions: np.ndarray
+    visual: np.ndarray  # the stream's part
+    branch: np.ndarray
+    limit: np.ndarray
+    labels: np.ndarray
+    kinds: np.ndarray
+
+
+def _shape(rng: np.random.Generator, plan: Plan) -> Shape:
+    chunk_frames = int(rng.choice(CHUNK_FRAMES, p=CHUNK_ODDS))
+    patches_per_chunk = max(1, chunk_frames // 2)
+    # Lengths are spread evenly on a log scale: short streams are many, long ones never absent.
+    num_patches = round(np.exp(rng.uniform(0, np.log(plan.max_patches))))
+    num_chunks = min(48, max(1, num_patches // patches_per_chunk))
+    layout = "native" if rng.random() < NATIVE_ODDS else "turns"
+    grid = GRIDS[int(rng.integers(len(GRIDS)))]
+    return Shape(layout, chunk_frames, num_chunks, grid)
+
+
+def _stream_tokens(form: Format, shape: Shape) -> int:
+    patches = max(1, shape.num_frames // (1 if shape.chunk_frames == 1 else 2))
+    overhead = 20 + (0 if shape.layout == "native" and shape.chunk_frames > 1 else 9 * shape.num_chunks)
+    return patches * shape.grid[0] * shape.grid[1] + overhead
+
+
+def _row(form: Format, rng: np.random.Generator, plan: Plan, shape: Shape, split: Split) -> _Row:
+    fps = float(rng.choice([1.0, 2.0, 4.0, 8.0], p=[0.2, 0.45, 0.25, 0.1]))
+    times_s = np.arange(shape.num_frames) / fps + rng.uniform(-0.02, 0.02, shape.num_frames) / fps
+    times_s -= times_s[0]
+    story = story_for(int(rng.integers(1 << 31)), float(times_s[-1] + 1 / fps), fps, split, rng)
+    spans, states = lay_out(form, shape, times_s)
+    stream = _joined(spans)
+    ends = np.cumsum([len(span) for span in spans])
+    has_clock = shape.layout == "native" and shape.chunk_frames > 1
+    branches = []
+    for number in range(1, plan.num_questions + 1):
+        quiz, chunk = _quiz(rng, plan, shape, story, times_s, has_clock=has_clock, split=split)
+        if quiz is not None:
+            branches.append(_branch(form, shape, states[chunk], quiz, number, int(ends[chunk])))
+    num = len(stream)
+    none = np.full(num, IGNORE)
+    return _Row(
+        story,
+        times_s,
+        np.concatenate([stream.ids, *(b.ids for b in branches)]),
+        np.concatenate([stream.positions, *(b.positions for b in branches)], axis=1),
+        stream.visual,
+        np.concatenate([np.zeros(num, int), *(b.branch for b in branches)]),
+        np.concatenate([np.arange(1, num + 1), *(b.limit for b in branches)]),
+        np.concatenate([none, *(b.labels for b in branches)]),
+        np.concatenate([np.full(num, -1), *(b.kinds for b in branches)]),
+    )
+
+
+def story_for(seed: int, duration_s: float, fps: float, split: Split, rng: np.random.Generator) -> Story:
+    """A story for a stream of a rate: everything is shown in two frames at least, with or without gaps between."""
+    show_s = float(rng.choice([2, 3, 5])) / fps
+    gap_s = float(rng.choice([0, 1, 3])) / fps
+    room = int(duration_s / (show_s + gap_s))
+    fewest = 0 if rng.random() < 0.08 else 1
+    num_things = int(rng.integers(fewest, max(fewest, min(8, room)) + 1)) if room else 0
+    return make_story(seed, split=split, duration_s=duration_s, num_things=num_things, min_show_s=show_s, gap_s=gap_s)
+
+
+def lay_out(form: Format, shape: Shape, times_s: np.ndarray) -> tuple[list[Span], list[LayoutState]]:
+    """The span of each chunk, and the state after it, as the engine would make them."""
+    layout, state = LAYOUTS[shape.layout](form), LayoutState()
+    times_ns = [int(t * 1e9) for t in times_s]
+    spans, states = [], []
+    for start in range(0, shape.num_frames, shape.chunk_frames):
+        chunk = times_ns[start : start + shape.chunk_frames]
+        pairs = tuple(zip(chunk[::2], chunk[1::2] or chunk, strict=True))
+        patches = Patches(*shape.grid, pairs, is_image=shape.chunk_frames == 1)
+        span, state = layout.extend(state, patches)
+        spans.append(span)
+        states.append(state)
+    return spans, states
+
+
+def _quiz(
+    rng: np.random.Generator,
+    plan: Plan,
+    shape: Shape,
+    story: Story,
+    times_s: np.ndarray,
+    *,
+    has_clock: bool,
+    split: Split,
+) -> tuple[Quiz | None, int]:
+    """A question of some kind, asked after a chunk where it makes sense; later chunks more often."""
+    for kind in rng.permutation(plan.kinds)[:3]:
+        for _ in range(4):
+            chunk = int(shape.num_chunks * np.sqrt(rng.random()))
+            seen = times_s[: (chunk + 1) * shape.chunk_frames]
+            quiz = ask_about(story, seen, rng, kind=str(kind), clock=has_clock, phrasings=split)
+            if quiz is not None:
+                return quiz, chunk
+    return None, 0
+
+
+class _Branch(NamedTuple):
+    ids: np.ndarray
+    positions: np.ndarray
+    branch: np.ndarray
+    limit: np.ndarray
+    labels: np.ndarray
+    kinds: np.ndarray
+
+
+def _branch(form: Format, shape: Shape, state: LayoutState, quiz: Quiz, number: int, limit: int) -> _Branch:
+    """A question and its answer, teacher-forced; the end of the turn is learned but never read."""
+    prompt = LAYOUTS[shape.layout](form).question(state, quiz.question)
+    answer = np.array([*form.tokenize_plain(quiz.answer), *form.tokenize("<|im_end|>")])
+    ids = np.concatenate([prompt.ids, answer[:-1]])
+    later = np.broadcast_to(prompt.next_position + np.arange(len(answer) - 1), (3, len(answer) - 1))
+    labels = np.full(len(ids), IGNORE)
+    labels[len(prompt) - 1 :] = answer
+    kinds = np.where(labels != IGNORE, list(KINDS).index(quiz.kind), -1)
+    return _Branch(
+        ids,
+        np.concatenate([prompt.positions, later], axis=1),
+        np.full(len(ids), number),
+        np.full(len(ids), limit),
+        labels,
+        kinds,
+    )
+
+
+def _truth(story: Story, times_s: np.ndarray, chunk_frames: int) -> np.ndarray:
+    """For each temporal patch the visible thing that appeared last: [shape, colour, x, y, dx, dy, is_there]."""
+    step = 1 if chunk_frames == 1 else 2
+    rows = []
+    for first in range(0, len(times_s), step):
+        last = times_s[first + step - 1]
+        visible = [thing for thing in story.things if thing.is_visible(last)]
+        if not visible:
+            rows.append([0.0] * 7)
+            continue
+        thing = visible[-1]
+        x, y = thing.position_at(last)
+        dx, dy = thing.x1 - thing.x0, thing.y1 - thing.y0
+        rows.append([SHAPES.index(thing.shape), list(COLOURS).index(thing.colour), x, y, dx, dy, 1.0])
+    return np.array(rows, dtype=np.float32)
+
+
+def _joined(spans: list[Span]) -> Span:
+    return replace(
+        spans[-1],
+        ids=np.concatenate([span.ids for span in spans]),
+        positions=np.concatenate([span.positions for span in spans], axis=1),
+        visual=np.concatenate([span.visual for span in spans]),
+    )
+
+
+def _padded(rows: list[np.ndarray], length: int, fill: int) -> np.ndarray:
+    out = np.full((len(rows), length), fill, dtype=np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out

@@ -1,0 +1,246 @@
+"""The built-in model's shape, and its forward pass over a batch: the same weights, run wide for training."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..node.preprocess import PatchGeometry, to_patches
+from ..node.random_checkpoint import SPECIAL_TOKENS
+from ..tools.scenes import draw, pixel_grid
+from ..tools.story import COLOURS, SHAPES
+from .batches import Batch
+
+HIDDEN = 256
+
+
+def build_config(tokenizer: Any) -> Any:
+    """Qwen2.5-VL, small. Every vision layer sees its whole temporal patch: the window is larger than any frame."""
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    text = {
+        "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 640,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        # The lowest frequencies serve the width: at theta 100 neighbouring columns are still told apart.
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [16, 8, 8]},
+        "initializer_range": 0.03,
+        "tie_word_embeddings": True,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+    }
+    vision = {
+        "depth": 4,
+        "hidden_size": 192,
+        "intermediate_size": 448,
+        "num_heads": 6,
+        "out_hidden_size": HIDDEN,
+        "window_size": 448,
+        "fullatt_block_indexes": [0, 1, 2, 3],
+        "tokens_per_second": 2,
+        "initializer_range": 0.03,
+    }
+    return transformers.AutoConfig.for_model(
+        "qwen2_5_vl",
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+
+
+class Losses(NamedTuple):
+    """Of one batch."""
+
+    answers: Tensor  # cross entropy per answer token
+    sight: Tensor  # of the auxiliary heads
+    right: np.ndarray  # for each answer: were all its tokens the likeliest
+    kinds: np.ndarray  # its kind
+
+
+class Trainee(nn.Module):
+    """The model, and auxiliary heads on its visual tokens that are dropped after training.
+
+    Without them colour is learned and shape is not: the answers alone say too little about pixels.
+    """
+
+    def __init__(self, model: Any, geometry: PatchGeometry) -> None:
+        super().__init__()
+        self.model = model
+        self.core = model.model
+        self.geometry = geometry
+        self.heads = nn.ModuleList([_SightHead(HIDDEN), _SightHead(HIDDEN)])
+
+    def forward(self, batch: Batch, device: torch.device, noise: torch.Generator) -> Losses:
+        pixels = render(batch, device, noise)
+        seen = self._see(to_patches(pixels, _size(batch, self.geometry), self.geometry), batch)
+        hidden = self._read(seen, batch, device)
+        truth = torch.from_numpy(batch.patch_truth).to(device)
+        visual = torch.from_numpy(batch.visual).to(device)
+        per_patch = seen.unflatten(0, (truth.shape[0], truth.shape[1], -1))
+        remembered = hidden[:, visual].unflatten(1, (truth.shape[1], -1))
+        sight = self.heads[0](per_patch, truth) + self.heads[1](remembered, truth)
+        answers, right, kinds = self._answers(hidden, batch, device)
+        return Losses(answers, sight, right, kinds)
+
+    def _see(self, patches: Tensor, batch: Batch) -> Tensor:
+        """The vision tower over all temporal patches at once; returns (num_tokens, hidden)."""
+        visual = self.core.visual
+        per_patch = batch.shape.grid[0] * batch.shape.grid[1] * self.geometry.merge**2
+        x = visual.patch_embed(patches).unflatten(0, (-1, per_patch))
+        rotary = _rotary(visual, batch.shape.grid, self.geometry, x.device)
+        for block in visual.blocks:
+            x = x + _attend(block.attn, block.norm1(x), rotary)
+            x = x + block.mlp(block.norm2(x))
+        return visual.merger(x.flatten(0, 1))
+
+    def _read(self, seen: Tensor, batch: Batch, device: torch.device) -> Tensor:
+        """The language model over all rows; returns (b, s, hidden)."""
+        ids = torch.from_numpy(batch.ids).to(device)
+        embeds = self.core.get_input_embeddings()(ids)
+        visual = torch.from_numpy(batch.visual).to(device)
+        embeds = embeds.masked_scatter(visual[None, :, None].expand_as(embeds), seen.to(embeds.dtype))
+        mask = visibility(batch, device)
+        positions = torch.from_numpy(batch.positions).to(device)
+        language = self.core.language_model
+        x, cos_sin = embeds, language.rotary_emb(embeds, positions)
+        for layer in language.layers:
+            x = layer(x, attention_mask=mask, position_embeddings=cos_sin, use_cache=False)
+            x = x[0] if isinstance(x, tuple) else x
+        return language.norm(x)
+
+    def _answers(self, hidden: Tensor, batch: Batch, device: torch.device) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        labels = torch.from_numpy(batch.labels).to(device)
+        where = labels >= 0
+        logits = self.model.lm_head(hidden[where]).float()
+        loss = F.cross_entropy(logits, labels[where])
+        hit = (logits.argmax(-1) == labels[where]).cpu().numpy()
+        rows, columns = np.nonzero(batch.labels >= 0)
+        answer = rows * 1000 + batch.branch[rows, columns]
+        _, first, inverse = np.unique(answer, return_index=True, return_inverse=True)
+        right = np.ones(len(first), bool)
+        np.logical_and.at(right, inverse, hit)
+        return loss, right, batch.kinds[rows, columns][first]
+
+
+class _SightHead(nn.Module):
+    """Reads from a temporal patch's tokens what is in it: shape, colour, place, motion, or nothing."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(2 * hidden, len(SHAPES) + len(COLOURS) + 4 + 1)
+
+    def forward(self, tokens: Tensor, truth: Tensor) -> Tensor:
+        """tokens (b, num_patches, tokens_per_patch, hidden), truth (b, num_patches, 7)."""
+        out = self.out(torch.cat([tokens.mean(2), tokens.amax(2)], -1)).float().flatten(0, 1)
+        truth = truth.flatten(0, 1)
+        shape, colour, place, there = out.split([len(SHAPES), len(COLOURS), 4, 1], -1)
+        loss = F.binary_cross_entropy_with_logits(there[:, 0], truth[:, 6])
+        is_there = truth[:, 6] > 0
+        if is_there.any():
+            what = truth[is_there]
+            loss = loss + F.cross_entropy(shape[is_there], what[:, 0].long())
+            loss = loss + F.cross_entropy(colour[is_there], what[:, 1].long())
+            loss = loss + 4 * F.smooth_l1_loss(place[is_there], what[:, 2:6], beta=0.1)
+        return loss
+
+
+@torch.no_grad()
+def render(batch: Batch, device: torch.device, noise: torch.Generator) -> Tensor:
+    """The frames of a batch, uint8 (num_frames, height, width, 3), with the sensor's noise.
+
+    Half of the streams pass through a coarse JPEG-like quantisation, as cameras' pictures do.
+    """
+    height, width = (28 * side for side in batch.shape.grid)
+    scenes = batch.scenes.mapped(lambda array: torch.from_numpy(array).to(device))
+    y, x = (torch.from_numpy(pixel_grid(length)).to(device) for length in (height, width))
+    with torch.autocast(device.type, enabled=False):
+        clean = draw(torch, scenes, y, x)
+        clean += scenes.noise[:, None, None, None] * torch.randn(clean.shape, device=device, generator=noise)
+        frames = _compressed(clean, noise)
+    frames = (frames.clamp(0, 1) * 255).round().to(torch.uint8)
+    return frames.repeat_interleave(2, dim=0) if batch.shape.chunk_frames == 1 else frames
+
+
+def _compressed(frames: Tensor, noise: torch.Generator) -> Tensor:
+    """Quantise the cosine transform of blocks of 4x4 pixels, coarser at high frequencies, by a random amount.
+
+    Frames' sides are multiples of 28, so the blocks fit; (num_frames, height, width, 3) in 0..1.
+    """
+    device = frames.device
+    k = torch.arange(4, device=device, dtype=torch.float32)
+    basis = torch.cos(math.pi * (k + 0.5) * k[:, None] / 4) * math.sqrt(0.5)
+    basis[0] /= math.sqrt(2)
+    blocks = frames.unflatten(2, (-1, 4)).unflatten(1, (-1, 4))  # (n, rows, 4, columns, 4, 3)
+    waves = torch.einsum("ua,vb,nracbz->nrucvz", basis, basis, blocks)
+    strength = torch.rand(len(frames), 1, 1, 1, 1, 1, device=device, generator=noise)
+    step = (strength - 0.5).clamp(min=1e-4) * 0.12 * (1 + k[:, None] + k)[None, None, :, None, :, None]
+    waves = (waves / step).round() * step
+    return torch.einsum("ua,vb,nrucvz->nracbz", basis, basis, waves).flatten(3, 4).flatten(1, 2)
+
+
+def visibility(batch: Batch, device: torch.device) -> Tensor:
+    """Which token sees which: (b, 1, s, s) bool."""
+    branch = torch.from_numpy(batch.branch).to(device)
+    limit = torch.from_numpy(batch.limit).to(device)
+    order = torch.arange(branch.shape[1], device=device)
+    is_stream = branch == 0
+    stream = is_stream[:, None, :] & (order < limit[..., None])
+    own = (branch[:, :, None] == branch[:, None, :]) & ~is_stream[:, None, :] & (order[:, None] >= order)
+    return (stream | own)[:, None]
+
+
+def _attend(attention: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention within each temporal patch, all of them as one batch; x (num_patches, length, hidden)."""
+    q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)  # type: ignore[operator,arg-type]
+    cos, sin = (r[None, :, None] for r in rotary)
+    q, k = (t * cos + _rotate_half(t) * sin for t in (q.float(), k.float()))
+    q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v)
+    return attention.proj(out.transpose(1, 2).flatten(2))  # type: ignore[operator]
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([-b, a], dim=-1)
+
+
+class _Found(Exception):
+    pass
+
+
+def _rotary(visual: Any, grid: tuple[int, int], geometry: PatchGeometry, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The tower's own rotary table of one temporal patch, read off where its first block receives it."""
+    cache = visual.__dict__.setdefault("_rotary_by_grid", {})
+    if grid not in cache:
+
+        def catch(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+            cache[grid] = tuple(t.detach() for t in kwargs["position_embeddings"])
+            raise _Found
+
+        hook = visual.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
+        sides = [geometry.merge * side for side in grid]
+        patches = torch.zeros(sides[0] * sides[1], 3 * geometry.temporal_patch * geometry.patch**2, device=device)
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                visual(patches.clone(), grid_thw=torch.tensor([[1, *sides]], device=device))
+        except _Found:
+            pass
+        finally:
+            hook.remove()
+    return cache[grid]
+
+
+def _size(batch: Batch, geometry: PatchGeometry) -> tuple[int, int]:
+    return batch.shape.grid[1] * geometry.factor, batch.shape.grid[0] * geometry.factor
