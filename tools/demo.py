@@ -29,9 +29,10 @@ from ..protocol.messages import Answer, Choice, Provenance, StreamStats
 from ..protocol.telemetry import TelemetrySubscriber
 from .commands import EXIT_FAILED
 from .connection import JsonOption
+from .link import LOSSLESS_IN_FLIGHT, Link
 from .node import require_node
 from .node_process import END_TIMEOUT_S, running_node
-from .playback import LOSSLESS_IN_FLIGHT, Link, PlaybackOptions, Played, open_playbacks
+from .playback import PlaybackOptions, Played, open_playbacks
 from .quantity import NS_PER_S, bytes_text, ms_text, reasons_text, seconds_text
 from .video import Selection, open_video
 from .watch import View

@@ -92,7 +92,10 @@ def mark(
     client_key: ClientKeyOption = None,
     timeout_s: TimeoutOption = TIMEOUT_S,
 ) -> None:
-    """Name a stream's memory as it is now; a mark of that name moves here."""
+    """Name a stream's memory as it is now.
+
+    A mark of that name that exists already moves here.
+    """
     with open_client(ASK_ENDPOINT, control, Keys(server_key, client_key), timeout_s) as client:
         made = client.mark(stream or only_stream(client), name)
     _print(is_json, made, _mark_text(made))

@@ -17,7 +17,7 @@ _MODULES = ("torch", "transformers", "accelerate", "cv2", "pydantic_settings")
 
 
 def node(context: typer.Context) -> None:
-    """Run a node. Every flag goes to it: `onlooker node --help` lists them."""
+    """Run a node. Every flag: `onlooker node --help`."""
     exec_node("onlooker.node", context.args)
 
 

@@ -12,30 +12,18 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..protocol.camera import FramePublisher
-from ..protocol.client import NodeClient
-from ..protocol.errors import ErrorCode, NodeError, NoReplyError, OnlookerError
+from ..protocol.errors import ErrorCode, NodeError, OnlookerError
 from ..protocol.interface import VideoMemory
-from ..protocol.messages import FrameCounters, StreamSpec, StreamStats
-from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT, FRAMES_ENDPOINT
-from .connection import Keys, open_client, usable_keys
+from ..protocol.messages import FrameCounters, StreamStats
 from .feed import Clock, Encoding, Feed, Stamp
+from .link import Link
 from .video import NS_PER_S, ReaderName, Selection, Video, VideoError, open_video
 
-# Below the ring of a node with default settings, above the pictures of the largest chunk.
-LOSSLESS_IN_FLIGHT = 16
 POLL_S = 0.01
 STALLED_AFTER_S = 60.0
 SETTLE_S = 5.0
 # A loop goes on one picture after its last one, also where the file does not say at which rate.
 _DEFAULT_FPS = 25.0
-
-
-class NoSubscriberError(NoReplyError):
-    """No node asks for the frames of a stream."""
-
-    def __init__(self, stream: str, endpoint: str, timeout_s: float) -> None:
-        super().__init__(endpoint, timeout_s)
-        self.args = (f"no node asked for the frames of stream {stream} at {endpoint} within {timeout_s:g} s",)
 
 
 class StalledError(OnlookerError):
@@ -328,59 +316,15 @@ class Playback:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """How the playbacks reach a node. With `max_in_flight` they wait for it, and lose no frame."""
-
-    frames: str = FRAMES_ENDPOINT
-    is_bound: bool = False  # the publisher listens, and the node connects to it
-    control: str = CONTROL_ENDPOINT
-    keys: Keys = field(default_factory=Keys)
-    timeout_s: float = 10.0
-    num_subscribers: int = 1
-    max_in_flight: int | None = None
-    adds_streams: bool = True
-
-    def publisher(self, stream: str) -> FramePublisher:
-        """Open the publisher of a stream."""
-        with usable_keys():
-            return FramePublisher(
-                stream,
-                bind=self.frames if self.is_bound else None,
-                connect=None if self.is_bound else self.frames,
-                server_key=self.keys.server,
-                client_key=self.keys.client,
-                lossless=self.max_in_flight is not None,
-            )
-
-
 @contextmanager
 def open_playbacks(
     sources: Mapping[str, str], options: PlaybackOptions, link: Link, stop: threading.Event
 ) -> Iterator[list[Playback]]:
-    """Open the video of each stream, add the streams the node does not know, and wait until it listens.
-
-    Raises VideoError, the client's and the publisher's errors, and NoSubscriberError.
-    """
+    """Open the video of each stream and a publisher for it. Raises VideoError, and as `Link.open` does."""
     with ExitStack() as stack:
-        videos = {
-            name: stack.enter_context(open_video(source, reader=options.reader)) for name, source in sources.items()
-        }
-        node: NodeClient | None = None
-        if link.adds_streams or link.max_in_flight is not None:
-            node = stack.enter_context(open_client(ASK_ENDPOINT, link.control, link.keys, link.timeout_s))
-        if node and link.adds_streams:
-            for name in sources.keys() - set(node.stream_names()):
-                node.add_stream(StreamSpec(stream=name))
-        playbacks = []
-        for name, video in videos.items():
-            publisher = stack.enter_context(link.publisher(name))
-            _wait_for_node(publisher, link)
-            account = Account(node, publisher, link.max_in_flight) if node else None
-            playbacks.append(Playback(video, publisher, options, stop, account))
-        yield playbacks
-
-
-def _wait_for_node(publisher: FramePublisher, link: Link) -> None:
-    if not publisher.wait_for_subscriber(link.timeout_s, count=link.num_subscribers):
-        raise NoSubscriberError(publisher.stream, publisher.endpoint, link.timeout_s)
+        videos = [stack.enter_context(open_video(source, reader=options.reader)) for source in sources.values()]
+        node, publishers = stack.enter_context(link.open(list(sources)))
+        yield [
+            Playback(video, publisher, options, stop, Account(node, publisher, link.max_in_flight) if node else None)
+            for video, publisher in zip(videos, publishers, strict=True)
+        ]

@@ -37,7 +37,8 @@ from .connection import (
 )
 from .feed import Clock, Encoding
 from .interrupt import ending_on_signal
-from .playback import LOSSLESS_IN_FLIGHT, Link, Playback, PlaybackOptions, Played, open_playbacks
+from .link import LOSSLESS_IN_FLIGHT, Link
+from .playback import Playback, PlaybackOptions, Played, open_playbacks
 from .quantity import bytes_text, ms_text, reasons_text, seconds_text
 from .video import ReaderName, Selection
 

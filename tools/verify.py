@@ -10,5 +10,5 @@ from .node import exec_node
 
 
 def verify(context: typer.Context) -> None:
-    """Prove that memory and answers are exact. Every flag goes to it: `onlooker verify --help` lists them."""
+    """Prove on this machine that the memory and the answers are exact. Every flag: `onlooker verify --help`."""
     exec_node("onlooker.node.verify", context.args)
