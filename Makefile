@@ -6,8 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FOLDERS := node protocol tools training
 
-.PHONY: install demo test check constraints clean
+.PHONY: install demo test check links constraints clean
 
 install: $(STAMP)
 
@@ -17,7 +18,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
-check: $(STAMP) typings/onlooker
+check: $(STAMP) links
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -29,7 +30,7 @@ constraints: $(STAMP)
 
 clean:
 	rm -rf $(VENV) build dist typings *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find node protocol tools tests -name __pycache__ -prune -exec rm -rf {} +
+	find $(FOLDERS) tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -40,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Pyright reads the folders at the root as they are; tests and documents say onlooker.node, so it needs links.
-typings/onlooker:
-	mkdir -p $@
-	for folder in node protocol tools; do ln -sfn ../../$$folder $@/$$folder; done
+# Pyright reads the folders at the root as they are; what says onlooker.node, as the tests do, needs links.
+links:
+	mkdir -p typings/onlooker
+	for folder in $(FOLDERS); do ln -sfn ../../$$folder typings/onlooker/$$folder; done
