@@ -2,8 +2,8 @@
 
 With `--print-ready` it writes one line of JSON to standard output once it takes questions, for the process that
 started it: `{"ready": true, "node": …, "session": …, "pid": …, "endpoints": {"frames": …, "ask": …, …}}`.
-Its log goes to standard error. It exits with 0 when it was asked to end, 1 when it could not start, 2 for a
-mistake in the configuration, and 130 when a second signal ended it at once.
+Its log goes to standard error. It exits with 0 when it was asked to end, 1 when it could not start or its engine
+failed, 2 for a mistake in the configuration, and 130 when a second signal ended it at once.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import NoReturn, Protocol
 from .config import ConfigError, NodeConfig, load, parse_setting
 from .engine_protocol import EngineProtocol
 from .logs import configure
-from .node import Node, StartError
+from .node import EngineFailedError, Node, StartError
 from .signals import Interrupted, Signals
 
 logger = logging.getLogger("onlooker.node")  # not `__main__`, which is nobody's name
@@ -64,7 +64,7 @@ def _run(node: Node, config: NodeConfig, load_engine: LoadEngine, signals: Signa
         node.run()
     except Interrupted:
         logger.info("ended before it was ready")
-    except StartError as error:
+    except (StartError, EngineFailedError) as error:
         logger.error("%s", error)
         return EXIT_FAILED
     finally:

@@ -30,12 +30,17 @@ NUM_IO_THREADS = 2
 MAX_OPEN_CONTROL = 64
 CONTROL_RETRY_MS = 200
 STREAM_TIMEOUT_S = 60.0
+ENGINE_CHECK_S = 0.5
 
 T = TypeVar("T")
 
 
 class StartError(OnlookerError):
     """The node cannot start; the message names the setting at fault."""
+
+
+class EngineFailedError(OnlookerError):
+    """The engine has ended by itself. The log says why; only a new process can go on."""
 
 
 class Node:
@@ -106,6 +111,7 @@ class Node:
 
         Raises StartError if the frames endpoint cannot be had, or a stream cannot be added.
         """
+        self._engine = engine
         intake = Intake(engine, context=self._context, bind=self._config.endpoints.frames, secure=self._security.secure)
         self._open.callback(intake.close)
         _starting(f"endpoints.frames: cannot listen at {self._config.endpoints.frames}", intake.start)
@@ -119,8 +125,10 @@ class Node:
         logger.info("ready", extra={"facts": {**facts, **self._state.endpoints}})
 
     def run(self) -> None:
-        """Wait until `request_stop`."""
-        self._should_stop.wait()
+        """Wait until `request_stop`. Raises EngineFailedError if the engine ends before that."""
+        while not self._should_stop.wait(ENGINE_CHECK_S):
+            if self._engine is not None and not self._engine.is_ready:
+                raise EngineFailedError("the engine has ended; the node cannot go on without it")
 
     def request_stop(self) -> None:
         """Make `run` return, and refuse new questions. For any thread."""

@@ -29,7 +29,7 @@ from nodes import FREE_PORTS, RawClient, packed, remember, running_node
 
 from onlooker.node.__main__ import main
 from onlooker.node.config import load
-from onlooker.node.node import Node, StartError
+from onlooker.node.node import EngineFailedError, Node, StartError
 from onlooker.protocol.client import NodeClient
 from onlooker.protocol.endpoints import ENDPOINTS
 from onlooker.protocol.errors import NoReplyError
@@ -282,6 +282,14 @@ def test_two_nodes_cannot_share_an_ipc_endpoint(tmp_path: Path):
             assert client.ok("ping")["live"]
     with Node(config):
         pass
+
+
+def test_a_node_does_not_outlive_its_engine():
+    engine = FakeEngine()
+    with running_node(engine) as node:
+        engine.is_ready = False
+        with pytest.raises(EngineFailedError):
+            node.run()
 
 
 def test_closing_ends_every_thread_and_may_be_repeated():
