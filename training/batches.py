@@ -162,7 +162,9 @@ def story_for(seed: int, duration_s: float, fps: float, split: Split, rng: np.ra
     """A story for a stream of a rate: everything is shown in two frames at least, with or without gaps between."""
     show_s = float(rng.choice([2, 3, 5])) / fps
     gap_s = float(rng.choice([0, 1, 3])) / fps
-    room = int(duration_s / (show_s + gap_s))
+    if duration_s < show_s + gap_s:
+        show_s, gap_s = 2 / fps, 0.0
+    room = int(duration_s / (show_s + gap_s) + 1e-6)
     fewest = 0 if rng.random() < 0.08 else 1
     num_things = int(rng.integers(fewest, max(fewest, min(8, room)) + 1)) if room else 0
     return make_story(seed, split=split, duration_s=duration_s, num_things=num_things, min_show_s=show_s, gap_s=gap_s)
