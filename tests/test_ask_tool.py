@@ -47,6 +47,12 @@ def test_the_answer_alone_goes_to_standard_output(node: Node, flags: tuple[str, 
     assert (ended.status, ended.out) == (0, "is the door open\n")
 
 
+@pytest.mark.parametrize("flags", [(), ("--no-stream",)])
+def test_an_answer_cannot_steer_the_terminal(node: Node, flags: tuple[str, ...]) -> None:
+    out = ask(node, "red \x1b[31m \x07 \x9b1m café", *flags).out
+    assert out == "red \ufffd[31m \ufffd \ufffd1m café\n"
+
+
 def test_what_it_knew_how_long_it_took_and_the_proof_go_to_standard_error(node: Node) -> None:
     err = ask(node, "is the door open").err
     assert "knew 4 frames" in err

@@ -125,7 +125,7 @@ class _Asker:
             return _print_pieces(self._client.ask_stream(self.stream, question, **settings))
         answer = self._client.ask(self.stream, question, **settings)
         if not manner.is_json:
-            typer.echo(answer.text)
+            typer.echo(visible(answer.text))
         return answer
 
     def _choose(self, question: str) -> Choice:
@@ -145,9 +145,9 @@ def _print_pieces(pieces: Iterator[PartialAnswer | Answer]) -> Answer:
             if isinstance(piece, Answer):
                 # Pieces can be missing after a lost connection, never from the whole answer.
                 rest = piece.text.removeprefix(shown)
-                typer.echo(rest if piece.text.startswith(shown) else f"\n{piece.text}")
+                typer.echo(visible(rest if piece.text.startswith(shown) else f"\n{piece.text}"))
                 return piece
-            typer.echo(piece.delta, nl=False)
+            typer.echo(visible(piece.delta), nl=False)
             sys.stdout.flush()
             shown += piece.delta
     raise AssertionError("the pieces of an answer end with the whole of it")
@@ -212,6 +212,11 @@ def proof_text(memory: Provenance) -> str:
     if memory.unchanged:
         return f"memory unchanged ({memory.fingerprint_after})"
     return f"MEMORY CHANGED from {memory.fingerprint_before} to {memory.fingerprint_after}"
+
+
+def visible(text: str) -> str:
+    """An answer as a terminal may show it: what would steer the terminal is made visible instead."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _print_aside(text: str) -> None:

@@ -27,6 +27,7 @@ from rich.text import Text
 from ..protocol.client import NodeClient
 from ..protocol.messages import Answer, Choice, Provenance, StreamStats
 from ..protocol.telemetry import TelemetrySubscriber
+from .ask import visible
 from .commands import EXIT_FAILED
 from .connection import JsonOption
 from .link import LOSSLESS_IN_FLIGHT, Link
@@ -331,7 +332,7 @@ def _questions_table(report: Report) -> Table:
         question = each.question + (f" ({', '.join(each.options)}?)" if each.options else "")
         table.add_row(
             Text(question),
-            Text(" ".join(each.answer.split()) or "(blank)"),
+            Text(visible(" ".join(each.answer.split())) or "(blank)"),
             _knowledge_text(reply.memory) + (", and more came meanwhile" if each.while_playing else ""),
             ms_text(reply.timing.first_token_ms),
             "unchanged" if reply.memory.unchanged else Text("CHANGED", style="bold red"),
