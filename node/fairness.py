@@ -8,7 +8,7 @@ Side = Literal["encode", "decode"]
 class FairShare:
     """Splits time evenly between encoding and answering while both have work; alone, either has all of it.
 
-    An answer never waits longer than one chunk, nor the stream longer than one decode step beyond its share.
+    While both have work, a side waits for less than its own last turn took plus one turn of the other side.
     """
 
     def __init__(self) -> None:
