@@ -49,6 +49,7 @@ _IDLE_S = 0.25  # how often an idle engine comes round: for deadlines, and to sh
 _VRAM_PERIOD_S = 1.0
 _MAX_QUESTION_CHARS = 8192
 _MAX_OPTIONS = 32
+_STOPPED = "the engine has stopped"
 
 
 @dataclass(slots=True, eq=False)
@@ -107,8 +108,10 @@ class Engine:
         self._meter = VramMeter(model.device)
         self._memories: dict[str, StreamMemory] = {}
         self._chunks: dict[str, deque[tuple[Chunk, Future[Encoded]]]] = {}
+        self._max_running = max_concurrent_questions
         self._waiting: deque[_Question] = deque()
         self._running: list[_Question] = []
+        self._num_begun = 0  # questions since the last decode step
         self._fairness = FairShare()
         self._counters = _Counters()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -138,6 +141,9 @@ class Engine:
     def close(self, timeout_s: float = 2.0) -> bool:
         """End the thread after its present turn; open work fails with NOT_READY. False if it did not end in time."""
         self._is_closing.set()
+        if self._thread.ident is None:  # it was never started: nobody else ends what is open
+            self._end_all()
+            return True
         self._inbox.put(lambda: None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
@@ -160,7 +166,8 @@ class Engine:
 
     def encode(self, stream: str, chunk: Chunk) -> Future[Encoded]:
         future: Future[Encoded] = Future()
-        self._enter(lambda: self._queue_chunk(stream, chunk, future), future)
+        stopped = ChunkRefused("removed", _STOPPED)
+        self._enter(lambda: self._queue_chunk(stream, chunk, future), future, stopped)
         return future
 
     def ask(
@@ -205,12 +212,14 @@ class Engine:
 
     def question_counters(self) -> QuestionCounters:
         counters = self._counters
+        answered, failed, waiting = counters.answered, dict(counters.failed), len(self._waiting)
+        received = counters.received  # last, so that what has moved on meanwhile is missing nowhere
         return QuestionCounters(
-            received=counters.received,
-            answered=counters.answered,
-            failed=dict(counters.failed),
-            waiting=len(self._waiting),
-            running=len(self._running),
+            received=received,
+            answered=answered,
+            failed=failed,
+            waiting=waiting,
+            running=received - answered - sum(failed.values()) - waiting,
             traces=counters.traces,
             mean_first_token_ms=_mean(counters.first_token_ms),
             mean_total_ms=_mean(counters.total_ms),
@@ -228,29 +237,34 @@ class Engine:
             else:
                 _succeed(future, result)
 
-        self._enter(run, future)
+        self._enter(run, future, NodeError(ErrorCode.NOT_READY, _STOPPED))
         return future
 
     def _ask(self, question: _Question) -> Future[Any]:
-        self._enter(lambda: self._admit(question), question.future)
+        self._enter(lambda: self._admit(question), question.future, NodeError(ErrorCode.NOT_READY, _STOPPED))
         return question.future
 
-    def _enter(self, command: Callable[[], None], future: Future[Any]) -> None:
+    def _enter(self, command: Callable[[], None], future: Future[Any], stopped: Exception) -> None:
+        """Hand a command to the engine thread; if that has ended, the future fails with `stopped`."""
         with self._closing_lock:
             if not self._is_closed:
                 self._inbox.put(command)
                 return
-        _fail(future, NodeError(ErrorCode.NOT_READY, "the node is stopping"))
+        _fail(future, stopped)
 
     # ----------------------------------------------------------------------------- the engine thread
 
     def _run(self) -> None:
-        while not self._is_closing.is_set():
-            self._progress = time.monotonic()
-            self._measure()
-            if not self._turn():
-                self._wait()
-        self._end_all()
+        try:
+            while not self._is_closing.is_set():
+                self._progress = time.monotonic()
+                self._measure()
+                if not self._turn():
+                    self._wait()
+        except Exception:  # the device is gone, most likely: nobody may wait for an engine that is
+            logger.critical("the engine has failed", exc_info=True)
+        finally:
+            self._end_all()
 
     def _turn(self) -> bool:
         """Take in what has come, then do one thing. False if there was nothing to do."""
@@ -265,10 +279,8 @@ class Engine:
         began = time.monotonic()
         if side == "encode":
             self._encode_next()
-        elif self._can_begin:
-            self._begin(self._waiting.popleft())
         else:
-            self._decode_step()
+            self._answer_next()
         self._fairness.spent(side, time.monotonic() - began)
         return True
 
@@ -283,13 +295,11 @@ class Engine:
             self._is_closed = True
         while not self._inbox.empty():
             self._inbox.get()()
-        stopping = NodeError(ErrorCode.NOT_READY, "the node is stopping")
-        for question in [*self._waiting, *self._running]:
-            self._finish(question, stopping)
-        self._waiting.clear()
-        self._running.clear()
+        for questions in (self._waiting, self._running):
+            while questions:
+                self._finish(questions.pop(), NodeError(ErrorCode.NOT_READY, _STOPPED))
         for stream in self._chunks:
-            self._refuse_queued(stream, "removed", "the node is stopping")
+            self._refuse_queued(stream, "removed", _STOPPED)
 
     # ------------------------------------------------------------------------------------- streams
 
@@ -363,21 +373,21 @@ class Engine:
         stream = next(name for name, chunks in self._chunks.items() if chunks)
         chunk, future = self._chunks[stream].popleft()
         self._chunks[stream] = self._chunks.pop(stream)  # to the end of the line
-        if future.cancelled():
+        if not future.set_running_or_notify_cancel():
             return
         try:
             encoded = self._memories[stream].append(chunk)
         except ChunkRefused as error:
             self._note(stream)
-            _fail(future, error)
+            future.set_exception(error)
         except Exception as error:
             logger.exception("a chunk of %s could not be encoded", stream)
             refused = ChunkRefused("encode_error", f"{type(error).__name__}: {error}")
             refused.__cause__ = error
-            _fail(future, refused)
+            future.set_exception(refused)
         else:
             self._note(stream)
-            _succeed(future, encoded)
+            future.set_result(encoded)
 
     def _refuse_queued(self, stream: str, reason: str, message: str) -> None:
         chunks = self._chunks[stream]
@@ -398,10 +408,19 @@ class Engine:
                 raise NodeError(ErrorCode.BUSY, f"{self._max_waiting} questions wait already", retry_after_ms=500)
             memory = self._memory(question.request.stream)
             _snapshot(memory, question.request)
-        except NodeError as error:
+        except Exception as error:
             self._finish(question, error)
         else:
             self._waiting.append(question)
+
+    def _answer_next(self) -> None:
+        """Begin a question, or take a step with those that run; new ones can't hold those up for long."""
+        if self._can_begin and not (self._running and self._num_begun >= self._max_running):
+            self._num_begun += 1
+            self._begin(self._waiting.popleft())
+        else:
+            self._num_begun = 0
+            self._decode_step()
 
     def _begin(self, question: _Question) -> None:
         """Give a question its branch and prefill it; a choice is answered on the spot."""
@@ -410,22 +429,23 @@ class Engine:
             snapshot = _snapshot(memory, question.request)
             question.branch = Branch(self._model, memory, snapshot, self._scratch)
             if isinstance(question.request, AskChoice):
-                choice = choose(self._model, question.branch, question.request, arrived=question.arrived)
-                self._finish(question, choice)
-                return
-            question.answer = GrowingAnswer(
-                self._model,
-                question.branch,
-                question.request,
-                arrived=question.arrived,
-                on_delta=question.on_delta,
-            )
-            question.answer.start()
+                outcome = choose(self._model, question.branch, question.request, arrived=question.arrived)
+            else:
+                outcome = self._start(question, question.branch, question.request)
         except Exception as error:
-            self._finish(question, error)
-            return
-        self._running.append(question)
-        self._finish_answered()
+            outcome = error
+        if outcome is None:
+            self._running.append(question)
+        else:
+            self._finish(question, outcome)
+
+    def _start(self, question: _Question, branch: Branch, request: Ask) -> Answer | None:
+        """Prefill a free answer; returns it if its first token was its last."""
+        question.answer = GrowingAnswer(
+            self._model, branch, request, arrived=question.arrived, on_delta=question.on_delta
+        )
+        question.answer.start()
+        return question.answer.result() if question.answer.finish else None
 
     def _decode_step(self) -> None:
         """One token for every running answer. If the step itself fails, it fails for all of them."""
@@ -437,15 +457,14 @@ class Engine:
                 self._end(question, error)
             return
         for question, row in zip(questions, logits, strict=True):
+            answer = _growing(question)
             try:
-                _growing(question).accept(row)
+                answer.accept(row)
+                outcome = answer.result() if answer.finish else None
             except Exception as error:
-                self._end(question, error)
-        self._finish_answered()
-
-    def _finish_answered(self) -> None:
-        for question in [q for q in self._running if _growing(q).finish is not None]:
-            self._end(question, _growing(question).result())
+                outcome = error
+            if outcome is not None:
+                self._end(question, outcome)
 
     def _drop_ended(self) -> None:
         """End questions whose caller has gone or whose time is up, running or waiting."""
@@ -554,6 +573,7 @@ def _node_error(error: Exception) -> NodeError:
     if isinstance(error, NodeError):
         return error
     if isinstance(error, torch.OutOfMemoryError):
+        error.__traceback__ = None  # its frames hold the activations that must go
         torch.cuda.empty_cache()
         return NodeError(ErrorCode.OUT_OF_MEMORY, "not enough device memory for this question")
     logger.error("a question failed", exc_info=error)

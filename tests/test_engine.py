@@ -1,0 +1,723 @@
+import random
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, wait
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import Checkpoints, DirectedModel, are_equal, chunk, memory, poll, rows
+
+from onlooker.node.chunk import Chunk, ChunkRefused
+from onlooker.node.engine import Engine, load_engine
+from onlooker.node.engine_protocol import EngineProtocol
+from onlooker.node.memory import StreamMemory
+from onlooker.node.options import StreamOptions
+from onlooker.protocol.errors import NodeError
+from onlooker.protocol.messages import UNSET, Answer, Ask, AskChoice, QuestionCounters
+
+QUESTION = "What do you see now? What did you see first?"
+NUM_SLOTS = 3
+MAX_WAITING = 4
+WAIT_S = 30.0
+
+
+@pytest.fixture
+def model(checkpoints: Checkpoints) -> DirectedModel:
+    return DirectedModel(checkpoints.model("qwen2_5_vl"))
+
+
+@pytest.fixture
+def engine(model: DirectedModel) -> Iterator[Engine]:
+    engine = Engine(model, max_concurrent_questions=NUM_SLOTS, max_waiting_questions=MAX_WAITING, scratch_tokens=128)
+    engine.start()
+    add(engine, model, "front")
+    yield engine
+    model.let_go()
+    assert engine.close(WAIT_S)
+
+
+def add(engine: Engine, model: DirectedModel, name: str, num_tokens: int = 512) -> None:
+    options = StreamOptions(
+        name, chunk_frames=2, min_pixels=1, memory_bytes=num_tokens * model.kv_shape.bytes_per_token
+    )
+    engine.add_stream(options).result(WAIT_S)
+
+
+def encode(engine: Engine, *seqs: int, stream: str = "front") -> None:
+    for seq in seqs:
+        engine.encode(stream, chunk(seq)).result(WAIT_S)
+
+
+def request(**settings: Any) -> Ask:
+    return Ask(**({"stream": "front", "question": QUESTION, "max_new_tokens": 6} | settings))
+
+
+def ask(engine: Engine, deadline: float | None = None, on_delta: Any = None, **settings: Any) -> Future[Answer]:
+    return engine.ask(request(**settings), arrived=time.monotonic(), deadline=deadline, on_delta=on_delta)
+
+
+def ask_choice(engine: Engine, **settings: Any) -> Future[Any]:
+    choice = AskChoice(**({"stream": "front", "question": QUESTION, "options": ["red", "a blue square"]} | settings))
+    return engine.ask_choice(choice, arrived=time.monotonic())
+
+
+def code_of(future: Future[Any]) -> str:
+    error = future.exception(WAIT_S)
+    assert isinstance(error, NodeError), error
+    return error.code
+
+
+def reason_of(future: Future[Any]) -> str:
+    error = future.exception(WAIT_S)
+    assert isinstance(error, ChunkRefused), error
+    return error.reason
+
+
+def open_questions(counters: QuestionCounters) -> int:
+    assert min(counters.waiting, counters.running) >= 0
+    assert counters.received == (
+        counters.answered + sum(counters.failed.values()) + counters.waiting + counters.running
+    )
+    return counters.waiting + counters.running
+
+
+def all_slots_are_free(engine: Engine) -> bool:
+    return engine._scratch.num_free == NUM_SLOTS
+
+
+def is_at_rest(engine: Engine) -> bool:
+    return open_questions(engine.question_counters()) == 0 and all_slots_are_free(engine)
+
+
+def the_memory(engine: Engine, stream: str = "front") -> StreamMemory:
+    return engine._memories[stream]
+
+
+def held_in_a_chunk(engine: Engine, model: DirectedModel, seq: int = 900, stream: str = "front") -> Future[Any]:
+    """Stop the engine thread in the middle of a chunk, so that what comes now waits."""
+    model.hold()
+    future = engine.encode(stream, chunk(seq))
+    model.wait_until_held()
+    return future
+
+
+def held_in_an_answer(
+    engine: Engine, model: DirectedModel, deadline: float | None = None, **settings: Any
+) -> Future[Answer]:
+    """Stop the engine thread in the decode step after an answer's first token."""
+    has_begun = threading.Event()
+
+    def on_delta(delta: str) -> None:
+        if not has_begun.is_set():
+            model.hold()
+            has_begun.set()
+
+    future = ask(engine, deadline, on_delta, **({"max_new_tokens": 40} | settings))
+    model.let_go()
+    assert has_begun.wait(WAIT_S)
+    model.wait_until_held()
+    return future
+
+
+# Streams
+
+
+def test_it_fits_the_protocol(engine: Engine):
+    def takes(engine: EngineProtocol) -> list[str]:
+        return engine.streams()
+
+    assert takes(engine) == ["front"]
+
+
+def test_it_says_what_is_loaded(engine: Engine, model: DirectedModel):
+    info = engine.model
+    assert (info.model_type, info.dtype, info.device) == ("qwen2_5_vl", "float32", "cpu")
+    assert info.max_new_tokens == 64 and info.max_options >= 2
+
+
+def test_a_stream_is_there_once_it_is_added_and_gone_once_it_is_removed(engine: Engine, model: DirectedModel):
+    add(engine, model, "back")
+    assert engine.streams() == ["front", "back"]
+    assert engine.cache_info("back").num_tokens == 0
+    engine.remove_stream("front").result(WAIT_S)
+    assert engine.streams() == ["back"]
+    with pytest.raises(NodeError) as unknown:
+        engine.cache_info("front")
+    assert unknown.value.code == "UNKNOWN_STREAM" and unknown.value.details == {"streams": ["back"]}
+
+
+def test_a_stream_that_cannot_be_added_has_its_code(engine: Engine):
+    assert code_of(engine.add_stream(StreamOptions("front"))) == "STREAM_EXISTS"
+    assert code_of(engine.add_stream(StreamOptions("tiny", memory_bytes=1))) == "BAD_REQUEST"
+    assert code_of(engine.add_stream(StreamOptions("giant", memory_bytes=1 << 60))) == "OUT_OF_MEMORY"
+    assert engine.streams() == ["front"]
+
+
+def test_every_verb_about_an_unknown_stream_says_so(engine: Engine):
+    verbs = (engine.remove_stream, engine.reset, engine.marks)
+    named = (engine.mark, engine.rollback, engine.delete_mark)
+    futures = [verb("back") for verb in verbs] + [verb("back", "here") for verb in named]
+    assert {code_of(future) for future in futures} == {"UNKNOWN_STREAM"}
+    assert code_of(ask(engine, stream="back")) == code_of(ask_choice(engine, stream="back")) == "UNKNOWN_STREAM"
+    assert reason_of(engine.encode("back", chunk(0))) == "removed"
+
+
+def test_the_figures_of_a_memory_follow_its_chunks(engine: Engine, model: DirectedModel):
+    encoded = [engine.encode("front", chunk(seq)).result(WAIT_S) for seq in (0, 2)]
+    info = engine.cache_info("front")
+    assert info.num_tokens == sum(each.num_tokens for each in encoded)
+    assert info.logical_bytes == info.num_tokens * model.kv_shape.bytes_per_token
+    assert (info.num_chunks, info.newest_seq) == (2, 3)
+
+
+def test_device_memory_counts_weights_streams_and_scratch(engine: Engine, model: DirectedModel):
+    bytes_per_token = model.kv_shape.bytes_per_token
+    expected = (512 + NUM_SLOTS * 128) * bytes_per_token
+    poll(lambda: engine.vram().kv_bytes == expected)
+    assert engine.vram().weights_bytes == model.weights_bytes
+
+
+# Chunks
+
+
+def test_streams_take_turns(engine: Engine, model: DirectedModel):
+    add(engine, model, "back")
+    first = held_in_a_chunk(engine, model)
+    order: list[str] = []
+    futures = [first]
+    for stream in ("front", "front", "front", "back", "back"):
+        future = engine.encode(stream, chunk(0))
+        future.add_done_callback(lambda _, stream=stream: order.append(stream))
+        futures.append(future)
+    model.let_go()
+    wait(futures, WAIT_S)
+    assert order == ["back", "front", "back", "front", "front"]
+
+
+def test_chunks_of_a_stream_are_encoded_in_the_order_given(engine: Engine):
+    futures = [engine.encode("front", chunk(seq)) for seq in range(0, 20, 2)]
+    wait(futures, WAIT_S)
+    assert [record.first_seq for record in the_memory(engine).ledger.records] == list(range(0, 20, 2))
+
+
+def test_an_exception_in_a_chunk_costs_that_chunk_alone(engine: Engine, model: DirectedModel):
+    encode(engine, 0)
+    before = rows(the_memory(engine))
+    model.fail_with = RuntimeError("in layer 1")
+    failed = engine.encode("front", chunk(2))
+    assert reason_of(failed) == "encode_error" and "in layer 1" in str(failed.exception())
+    assert are_equal(rows(the_memory(engine)), before)
+    model.fail_with = None
+    encode(engine, 2)
+    assert engine.cache_info("front").num_frames == 4
+    assert ask(engine).result(WAIT_S).memory.unchanged
+
+
+def test_a_full_memory_refuses_chunks_and_goes_on_answering(engine: Engine, model: DirectedModel):
+    add(engine, model, "small", num_tokens=45)
+    encode(engine, 0, 2, stream="small")
+    assert reason_of(engine.encode("small", chunk(4))) == "memory_full"
+    assert engine.cache_info("small").full
+    answer = ask(engine, stream="small").result(WAIT_S)
+    assert answer.memory.until_seq == 3 and answer.memory.unchanged
+
+
+def test_a_chunk_whose_caller_has_gone_is_not_encoded(engine: Engine, model: DirectedModel):
+    running = held_in_a_chunk(engine, model)
+    waiting = engine.encode("front", chunk(0))
+    assert waiting.cancel() and not running.cancel()  # what runs ends up in the memory, and its future says so
+    model.let_go()
+    assert running.result(WAIT_S).num_tokens > 0
+    assert not wait([waiting], WAIT_S).not_done
+    encode(engine, 2)
+    assert engine.cache_info("front").num_chunks == 2
+
+
+# Answers
+
+
+def test_an_answer_says_what_it_knows_and_its_deltas_add_up(engine: Engine):
+    encode(engine, 0, 2)
+    deltas: list[str] = []
+    answer = ask(engine, on_delta=deltas.append).result(WAIT_S)
+    assert "".join(deltas) == answer.text and answer.num_answer_tokens == 6
+    assert answer.memory.num_frames == 4 and answer.memory.unchanged
+    assert answer.notice is UNSET
+
+
+def test_a_choice_is_answered(engine: Engine):
+    encode(engine, 0)
+    choice = ask_choice(engine).result(WAIT_S)
+    assert choice.option in ("red", "a blue square") and choice.memory.unchanged
+
+
+def test_questions_at_once_are_answered_as_one_at_a_time(engine: Engine, model: DirectedModel):
+    add(engine, model, "back")
+    encode(engine, 0, 2)
+    encode(engine, 50, stream="back")
+    asked = [
+        {"question": "Is it red?", "max_new_tokens": 12},
+        {"stream": "back", "max_new_tokens": 9},
+        {"temperature": 1.5, "seed": 3, "max_new_tokens": 7},
+        {"question": "left or right?", "temperature": 1.5, "top_p": 0.8, "seed": 4, "stream": "back"},
+        {},
+    ]
+    alone = [ask(engine, **each).result(WAIT_S).text for each in asked]
+    model.hold()
+    futures = [ask(engine, **each) for each in asked[:1]]
+    model.wait_until_held()
+    futures += [ask(engine, **each) for each in asked[1:]]
+    model.let_go()
+    assert [future.result(WAIT_S).text for future in futures] == alone
+
+
+def test_chunks_that_come_while_questions_run_are_as_if_nobody_had_asked(engine: Engine, model: DirectedModel):
+    chunks = [chunk(seq) for seq in range(0, 24, 2)]
+    encode(engine, 900)
+    encodings, answers = [], []
+    for i, each in enumerate(chunks):
+        encodings.append(engine.encode("front", each))
+        answers.append(ask_choice(engine) if i % 4 == 3 else ask(engine))
+        if i % 4 == 2:
+            wait(answers, WAIT_S)
+    wait(encodings + answers, WAIT_S)
+    assert all(future.result().memory.unchanged for future in answers)
+    never_asked = memory(model)
+    for each in [chunk(900), *chunks]:
+        never_asked.append(each)
+    assert are_equal(rows(the_memory(engine)), rows(never_asked))
+    assert engine.question_counters().traces == 0
+
+
+def test_an_answer_reads_what_was_there_when_it_began(engine: Engine, model: DirectedModel):
+    encode(engine, 0)
+    alone = ask(engine, max_new_tokens=40).result(WAIT_S)
+    running = held_in_an_answer(engine, model)
+    later = engine.encode("front", chunk(70))
+    model.let_go()
+    assert later.result(WAIT_S).num_tokens > 0
+    answer = running.result(WAIT_S)
+    assert answer.text == alone.text and answer.memory.until_seq == 1
+
+
+def test_a_question_can_be_about_the_memory_as_it_was_at_a_mark(engine: Engine):
+    encode(engine, 0)
+    then = ask(engine).result(WAIT_S)
+    mark = engine.mark("front", "then").result(WAIT_S)
+    encode(engine, 2, 4)
+    assert (mark.num_tokens, mark.num_frames) == (then.memory.num_tokens, 2)
+    as_of = ask(engine, as_of="then").result(WAIT_S)
+    assert (as_of.text, as_of.memory.until_seq) == (then.text, 1)
+    assert as_of.memory.fingerprint_before == then.memory.fingerprint_before
+    assert ask_choice(engine, as_of="then").result(WAIT_S).memory.num_frames == 2
+
+
+def test_answers_and_chunks_share_the_engine(engine: Engine, model: DirectedModel):
+    """Neither waits for the other to be done with all of its work."""
+    encode(engine, 0)
+    done: list[str] = []
+    model.hold()
+    futures: list[Future[Any]] = [engine.encode("front", chunk(seq)) for seq in range(2, 62, 2)]
+    for future in futures:
+        future.add_done_callback(lambda _: done.append("chunk"))
+    for num in (3, 60):
+        futures.append(ask(engine, max_new_tokens=num))
+        futures[-1].add_done_callback(lambda _, num=num: done.append(f"answer of {num}"))
+    model.let_go()
+    wait(futures, WAIT_S)
+    assert "chunk" in done[done.index("answer of 3") :]
+    assert done.index("chunk") < done.index("answer of 60")
+
+
+def test_a_flood_of_choices_does_not_hold_up_a_running_answer(engine: Engine, model: DirectedModel):
+    encode(engine, 0)
+    running = held_in_an_answer(engine, model, max_new_tokens=8)
+    num_choices = 0
+
+    def another(_: object = None) -> None:
+        nonlocal num_choices
+        if not running.done() and num_choices < 500:
+            num_choices += 1
+            ask_choice(engine).add_done_callback(another)
+
+    for _ in range(MAX_WAITING):
+        another()
+    model.let_go()
+    running.result(WAIT_S)
+    assert num_choices < 100
+    poll(lambda: is_at_rest(engine))
+
+
+# Questions that get no answer
+
+
+def test_a_question_before_the_first_chunk_is_refused_for_now(engine: Engine):
+    futures = [ask(engine), ask_choice(engine)]
+    assert [code_of(future) for future in futures] == ["NO_FRAMES"] * 2
+    engine.mark("front", "nothing").result(WAIT_S)
+    encode(engine, 0)
+    assert code_of(ask(engine, as_of="nothing")) == "NO_FRAMES"
+
+
+def test_an_unknown_mark_is_refused_with_those_that_are_known(engine: Engine):
+    encode(engine, 0)
+    engine.mark("front", "here").result(WAIT_S)
+    futures = [ask(engine, as_of="there"), engine.rollback("front", "there"), engine.delete_mark("front", "there")]
+    for future in futures:
+        assert code_of(future) == "UNKNOWN_MARK"
+        assert future.exception().details == {"marks": ["here"]}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("settings", [{"question": "why " * 200}, {"max_new_tokens": 128}])
+def test_a_question_that_does_not_fit_is_too_large(engine: Engine, settings: dict[str, Any]):
+    encode(engine, 0)
+    assert code_of(ask(engine, **settings)) == "TOO_LARGE"
+    assert is_at_rest(engine)
+
+
+def test_too_many_questions_are_turned_away_at_once(engine: Engine, model: DirectedModel):
+    encode(engine, 0)
+    held_in_a_chunk(engine, model)
+    futures = [ask(engine) for _ in range(MAX_WAITING + 2)]
+    model.let_go()
+    outcomes = [future.exception(WAIT_S) for future in futures]
+    assert outcomes[:MAX_WAITING] == [None] * MAX_WAITING
+    for error in outcomes[MAX_WAITING:]:
+        assert isinstance(error, NodeError)
+        assert error.code == "BUSY" and error.retryable and error.retry_after_ms
+    assert engine.question_counters().failed == {"BUSY": 2}
+
+
+def test_a_waiting_question_can_be_cancelled(engine: Engine, model: DirectedModel):
+    encode(engine, 0)
+    held_in_a_chunk(engine, model)
+    gone, stays = ask(engine), ask(engine)
+    assert gone.cancel()
+    model.let_go()
+    assert stays.result(WAIT_S).num_answer_tokens == 6
+    assert not wait([gone], WAIT_S).not_done
+    assert engine.question_counters().failed == {"CANCELLED": 1}
+
+
+def test_a_running_question_can_be_cancelled(engine: Engine, model: DirectedModel):
+    encode(engine, 0)
+    before = rows(the_memory(engine))
+    running = held_in_an_answer(engine, model)
+    assert running.cancel()
+    model.let_go()
+    with pytest.raises(CancelledError):
+        running.result(WAIT_S)
+    poll(lambda: is_at_rest(engine))
+    assert engine.question_counters().failed == {"CANCELLED": 1}
+    assert are_equal(rows(the_memory(engine)), before)
+
+
+def test_a_deadline_ends_a_question_that_waits(engine: Engine, model: DirectedModel):
+    encode(engine, 0)
+    held_in_a_chunk(engine, model)
+    late = ask(engine, deadline=time.monotonic() - 0.001)
+    model.let_go()
+    assert code_of(late) == "DEADLINE_EXCEEDED"
+
+
+def test_a_deadline_ends_a_question_that_runs(engine: Engine, model: DirectedModel):
+    encode(engine, 0)
+    deadline = time.monotonic() + 0.5
+    running = held_in_an_answer(engine, model, deadline)
+    poll(lambda: time.monotonic() > deadline)
+    model.let_go()
+    assert code_of(running) == "DEADLINE_EXCEEDED"
+    assert is_at_rest(engine)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(RuntimeError("in layer 1"), "INTERNAL"), (torch.OutOfMemoryError("no more"), "OUT_OF_MEMORY")]
+)
+def test_a_failing_question_has_a_code_and_leaves_nothing_behind(
+    engine: Engine, model: DirectedModel, error: Exception, code: str
+):
+    encode(engine, 0)
+    before = rows(the_memory(engine))
+    running = held_in_an_answer(engine, model)
+    model.fail_with = error  # from the next pass on: the one that is held is not the first to fail
+    waiting = [ask(engine), ask_choice(engine)]
+    model.let_go()
+    assert [code_of(future) for future in (running, *waiting)] == [code] * 3
+    poll(lambda: is_at_rest(engine))
+    model.fail_with = None
+    assert ask(engine).result(WAIT_S).memory.unchanged
+    assert are_equal(rows(the_memory(engine)), before)
+
+
+def test_a_caller_whose_callback_fails_loses_its_own_answer_alone(engine: Engine, model: DirectedModel):
+    encode(engine, 0)
+
+    def fail(delta: str) -> None:
+        raise ValueError("nobody listens")
+
+    held_in_a_chunk(engine, model)
+    failing, sound = ask(engine, on_delta=fail), ask(engine)
+    model.let_go()
+    assert code_of(failing) == "INTERNAL"
+    assert sound.result(WAIT_S).num_answer_tokens == 6
+    assert is_at_rest(engine)
+
+
+def test_a_proof_that_cannot_be_taken_fails_its_answer_alone(engine: Engine):
+    encode(engine, 0)
+    stream = the_memory(engine)
+    num_taken = 0
+    sound = stream.fingerprint
+
+    def fingerprint(snapshot: Any) -> str:
+        nonlocal num_taken
+        num_taken += 1
+        if num_taken == 2:  # the one after the answer
+            raise RuntimeError("the device does not answer")
+        return sound(snapshot)
+
+    stream.fingerprint = fingerprint  # type: ignore[method-assign]
+    assert code_of(ask(engine)) == "INTERNAL"
+    assert ask(engine).result(WAIT_S).memory.unchanged
+    assert is_at_rest(engine)
+
+
+# Cutting a memory back
+
+
+def test_a_reset_cancels_what_runs_and_refuses_what_waits(engine: Engine, model: DirectedModel):
+    encode(engine, 0)
+    engine.mark("front", "here").result(WAIT_S)
+    running = held_in_an_answer(engine, model)
+    waiting = engine.encode("front", chunk(2))
+    reset = engine.reset("front")
+    after = engine.encode("front", chunk(4))
+    model.let_go()
+    assert reset.result(WAIT_S).num_tokens == 0
+    assert code_of(running) == "CANCELLED" and reason_of(waiting) == "reset"
+    assert after.result(WAIT_S).num_tokens > 0
+    assert engine.marks("front").result(WAIT_S).marks == []
+    assert engine.cache_info("front").newest_seq == 5
+    assert is_at_rest(engine)
+
+
+def test_a_removal_cancels_what_runs_and_refuses_what_waits(engine: Engine, model: DirectedModel):
+    add(engine, model, "back")
+    encode(engine, 0)
+    encode(engine, 0, stream="back")
+    running = held_in_an_answer(engine, model)
+    elsewhere = ask(engine, stream="back")
+    waiting = engine.encode("front", chunk(2))
+    removed = engine.remove_stream("front")
+    model.let_go()
+    assert removed.result(WAIT_S) is None
+    assert code_of(running) == "CANCELLED" and reason_of(waiting) == "removed"
+    assert elsewhere.result(WAIT_S).memory.unchanged
+
+
+def test_a_question_that_waits_for_a_stream_that_goes_is_told_so(engine: Engine, model: DirectedModel):
+    encode(engine, 0)
+    held_in_a_chunk(engine, model)
+    questions = [ask(engine), ask(engine)]
+    engine.remove_stream("front")
+    model.let_go()
+    assert [code_of(question) for question in questions] == ["UNKNOWN_STREAM"] * 2
+
+
+def test_a_rollback_spares_the_questions_that_read_no_further_than_the_mark(engine: Engine, model: DirectedModel):
+    encode(engine, 0)
+    engine.mark("front", "here").result(WAIT_S)
+    expected = ask(engine, max_new_tokens=40).result(WAIT_S).text
+    encode(engine, 2)
+    engine.mark("front", "later").result(WAIT_S)
+    spared = held_in_an_answer(engine, model, as_of="here")
+    beyond = held_in_an_answer(engine, model)
+    rollback, waiting = engine.rollback("front", "here"), engine.encode("front", chunk(6))
+    after = engine.encode("front", chunk(4))
+    model.let_go()
+    assert rollback.result(WAIT_S).num_frames == 2
+    assert code_of(beyond) == "CANCELLED"
+    assert spared.result(WAIT_S).text == expected
+    assert waiting.result(WAIT_S).num_tokens == after.result(WAIT_S).num_tokens  # they came after the rollback
+    assert [mark.name for mark in engine.marks("front").result(WAIT_S).marks] == ["here"]
+
+
+def test_a_rollback_refuses_the_chunks_that_wait(engine: Engine, model: DirectedModel):
+    encode(engine, 0)
+    engine.mark("front", "here").result(WAIT_S)
+    running = held_in_a_chunk(engine, model, 2)
+    waiting = engine.encode("front", chunk(4))
+    rollback = engine.rollback("front", "here")
+    model.let_go()
+    assert running.result(WAIT_S).num_tokens > 0 and reason_of(waiting) == "reset"
+    assert rollback.result(WAIT_S).num_frames == engine.cache_info("front").num_frames == 2
+
+
+def test_marks_are_listed_moved_and_deleted(engine: Engine):
+    encode(engine, 0)
+    engine.mark("front", "a").result(WAIT_S)
+    engine.mark("front", "b").result(WAIT_S)
+    encode(engine, 2)
+    engine.mark("front", "a").result(WAIT_S)
+    listed = {mark.name: mark.num_frames for mark in engine.marks("front").result(WAIT_S).marks}
+    assert listed == {"a": 4, "b": 2}
+    left = engine.delete_mark("front", "a").result(WAIT_S)
+    assert [(mark.name, mark.until_ns) for mark in left.marks] == [("b", 500_000_007)]
+
+
+# The end
+
+
+def test_closing_ends_open_work_and_turns_later_work_away(engine: Engine, model: DirectedModel):
+    encode(engine, 0)
+    running = held_in_an_answer(engine, model)
+    waiting, chunk_waiting = ask(engine), engine.encode("front", chunk(2))
+    assert not engine.close(timeout_s=0.01)
+    assert not engine.is_ready
+    model.let_go()
+    assert engine.close(WAIT_S)
+    assert code_of(running) == code_of(waiting) == "NOT_READY"
+    assert reason_of(chunk_waiting) == "removed"
+    late = [ask(engine), ask_choice(engine), engine.reset("front"), engine.mark("front", "a"), engine.marks("front")]
+    assert {code_of(future) for future in late} == {"NOT_READY"}
+    assert reason_of(engine.encode("front", chunk(4))) == "removed"
+    assert engine.question_counters().failed == {"NOT_READY": 2} and is_at_rest(engine)
+
+
+def test_an_engine_that_was_never_started_can_be_closed(model: DirectedModel):
+    engine = Engine(model, max_concurrent_questions=1, scratch_tokens=16)
+    never = engine.add_stream(StreamOptions("front", memory_bytes=1 << 20))
+    question = ask(engine)
+    assert engine.close()
+    assert never.done() and code_of(question) in ("NOT_READY", "UNKNOWN_STREAM", "NO_FRAMES")
+    assert code_of(ask(engine)) == "NOT_READY"
+
+
+def test_nobody_waits_for_an_engine_that_has_failed(engine: Engine, model: DirectedModel):
+    encode(engine, 0)
+
+    class BrokenMeter:
+        def read(self, **_: int) -> None:
+            raise RuntimeError("the device is gone")
+
+    running = held_in_an_answer(engine, model, max_new_tokens=60)
+    engine._meter = BrokenMeter()  # type: ignore[assignment]
+    engine._vram_due = 0.0
+    model.let_go()
+    assert code_of(running) == "NOT_READY"
+    poll(lambda: not engine.is_ready)
+    assert code_of(ask(engine)) == "NOT_READY"
+
+
+def test_the_builtin_model_says_that_its_words_are_noise():
+    engine = load_engine(device="cpu", max_concurrent_questions=1, scratch_tokens=128)
+    try:
+        engine.add_stream(StreamOptions("front", memory_bytes=1 << 20)).result(WAIT_S)
+        encode(engine, 0)
+        answer = ask(engine).result(WAIT_S)
+        assert answer.notice == engine.model.notice and "noise" in str(answer.notice)
+        assert engine.progress_age_ms < 10_000
+    finally:
+        assert engine.close(WAIT_S)
+    assert not engine.is_ready
+
+
+# The storm
+
+
+class Camera:
+    """One stream's owner: encodes, marks, rolls back and resets at random, and knows what must be left of it."""
+
+    def __init__(self, engine: Engine, stream: str, seed: int) -> None:
+        self._engine = engine
+        self._stream = stream
+        self._random = random.Random(seed)
+        self._log: list[tuple[str, str, Chunk | None, Future[Any]]] = []
+
+    def run(self, num_verbs: int) -> None:
+        engine, stream = self._engine, self._stream
+        for i in range(num_verbs):
+            verb = self._random.choices(["encode", "mark", "rollback", "reset", "cancel"], [14, 3, 2, 1, 2])[0]
+            name = self._random.choice("ab")
+            if verb in ("encode", "cancel"):
+                new = chunk(1000 * i, self._random.choice([1, 2, 4]))
+                future: Future[Any] = engine.encode(stream, new)
+                if verb == "cancel":
+                    future.cancel()
+                self._log.append(("encode", "", new, future))
+            elif verb == "reset":
+                self._log.append((verb, "", None, engine.reset(stream)))
+            else:
+                self._log.append((verb, name, None, getattr(engine, verb)(stream, name)))
+            if self._random.random() < 0.2:
+                wait([self._log[-1][3]], WAIT_S)
+        wait([future for *_, future in self._log], WAIT_S)
+
+    def survivors(self) -> list[Chunk]:
+        """The chunks that must be in the memory, by what their futures say."""
+        kept: list[tuple[Chunk, int]] = []
+        marks: dict[str, int] = {}
+        for verb, name, new, future in self._log:
+            assert future.done()
+            if future.cancelled() or future.exception() is not None:
+                continue
+            if verb == "encode" and new is not None:
+                kept.append((new, future.result().num_tokens))
+            elif verb == "mark":
+                marks[name] = future.result().num_tokens
+            elif verb == "reset":
+                kept, marks = [], {}
+            else:
+                while sum(num for _, num in kept) > marks[name]:
+                    kept.pop()
+                marks = {n: num for n, num in marks.items() if num <= marks[name]}
+        return [new for new, _ in kept]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_after_a_storm_each_memory_is_that_of_its_surviving_chunks(engine: Engine, model: DirectedModel, seed: int):
+    add(engine, model, "back")
+    cameras = {name: Camera(engine, name, seed * 2 + i) for i, name in enumerate(("front", "back"))}
+    is_over = threading.Event()
+    codes: list[str] = []
+
+    def inquire(seed: int) -> None:
+        draw = random.Random(seed)
+        while not is_over.is_set():
+            stream = draw.choice(["front", "back"])
+            deadline = time.monotonic() + draw.choice([0.0, 0.01, 5.0])
+            if draw.random() < 0.3:
+                future: Future[Any] = ask_choice(engine, stream=stream)
+            else:
+                as_of = draw.choice([UNSET, "a"])
+                future = ask(engine, deadline, stream=stream, as_of=as_of, max_new_tokens=draw.randint(1, 9))
+            if draw.random() < 0.2:
+                future.cancel()
+            wait([future], WAIT_S)
+            if not future.cancelled():
+                error = future.exception()
+                codes.append("answered" if error is None else getattr(error, "code", repr(error)))
+            open_questions(engine.question_counters())
+
+    askers = [threading.Thread(target=inquire, args=(100 * seed + i,)) for i in range(4)]
+    owners = [threading.Thread(target=camera.run, args=(40,)) for camera in cameras.values()]
+    for thread in [*askers, *owners]:
+        thread.start()
+    for thread in owners:
+        thread.join(WAIT_S)
+    is_over.set()
+    for thread in askers:
+        thread.join(WAIT_S)
+    assert not any(thread.is_alive() for thread in [*askers, *owners])
+    poll(lambda: is_at_rest(engine))
+    assert engine.is_ready and engine.question_counters().traces == 0
+    allowed = {"answered", "NO_FRAMES", "UNKNOWN_MARK", "CANCELLED", "DEADLINE_EXCEEDED", "BUSY"}
+    assert "answered" in codes and set(codes) <= allowed
+    for name, camera in cameras.items():
+        never_disturbed = memory(model)
+        for each in camera.survivors():
+            never_disturbed.append(each)
+        assert the_memory(engine, name).now == never_disturbed.now
+        assert are_equal(rows(the_memory(engine, name)), rows(never_disturbed))
