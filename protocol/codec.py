@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, TypeVar, cast
 
 import msgspec
 
-from .errors import DecodeError, ErrorCode, NodeError
+from .errors import DecodeError, DropReason, ErrorCode, NodeError
 from .messages import (
     ENCODINGS,
     NAME_PATTERN,
@@ -147,8 +147,8 @@ def decode_frame(parts: Sequence[Buffer]) -> ReceivedFrame:
     try:
         frame = _decode_frame(parts)
     except DecodeError as error:
-        unsupported = error.code is ErrorCode.UNSUPPORTED_VERSION
-        error.details.setdefault("reason", "unsupported_version" if unsupported else "malformed")
+        is_version = error.code is ErrorCode.UNSUPPORTED_VERSION
+        error.details["reason"] = DropReason.UNSUPPORTED_VERSION if is_version else DropReason.MALFORMED
         raise
     if not frame.header.eos:
         check_frame(frame.header, len(frame.payload))
@@ -176,27 +176,27 @@ def check_frame(header: FrameHeader, num_bytes: int) -> None:
     Raises DecodeError with the reason `unsupported_encoding` or `bad_size`.
     """
     if header.enc not in ENCODINGS:
-        raise DecodeError(f"encoding {header.enc[:32]!r} is not supported", reason="unsupported_encoding")
+        raise DecodeError(f"encoding {header.enc[:32]!r} is not supported", reason=DropReason.UNSUPPORTED_ENCODING)
     for name in ("w", "h"):
         side = getattr(header, name)
         if side is not msgspec.UNSET and not 1 <= side <= MAX_SIDE_PIXELS:
-            raise DecodeError(f"{name} must be within 1..{MAX_SIDE_PIXELS}, got {side}", reason="bad_size")
+            raise DecodeError(f"{name} must be within 1..{MAX_SIDE_PIXELS}, got {side}", reason=DropReason.BAD_SIZE)
     if num_bytes == 0:
-        raise DecodeError("the payload is empty", reason="bad_size")
+        raise DecodeError("the payload is empty", reason=DropReason.BAD_SIZE)
     if header.enc in RAW_CHANNELS:
         _check_raw_size(header, num_bytes)
 
 
 def _check_raw_size(header: FrameHeader, num_bytes: int) -> None:
     if header.w is msgspec.UNSET or header.h is msgspec.UNSET:
-        raise DecodeError(f"{header.enc} needs w and h", reason="bad_size")
+        raise DecodeError(f"{header.enc} needs w and h", reason=DropReason.BAD_SIZE)
     row_bytes = header.w * RAW_CHANNELS[header.enc]
     step = row_bytes if header.step is msgspec.UNSET else header.step
     if step < row_bytes:
-        raise DecodeError(f"step {step} is below the {row_bytes} bytes of a row", reason="bad_size")
+        raise DecodeError(f"step {step} is below the {row_bytes} bytes of a row", reason=DropReason.BAD_SIZE)
     if step * header.h != num_bytes:
         expected = f"{step} bytes x {header.h} rows"
-        raise DecodeError(f"the payload has {num_bytes} bytes, not {expected}", reason="bad_size")
+        raise DecodeError(f"the payload has {num_bytes} bytes, not {expected}", reason=DropReason.BAD_SIZE)
 
 
 class TelemetryRecord(NamedTuple):

@@ -119,7 +119,7 @@ def _parse(path: Path, text: str) -> KeyPair:
 
 
 def _checked_key(path: Path, text: str) -> bytes:
-    key = text.encode("ascii", errors="replace")
+    key = text.encode()
     if len(key) != 40 or not set(key) <= set(z85.Z85CHARS):
         raise ValueError(f"{path} holds a key that is not 40 characters of Z85")
     return key

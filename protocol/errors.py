@@ -41,6 +41,31 @@ class ErrorCode(StrEnum):
 _RETRYABLE = frozenset({ErrorCode.NO_FRAMES, ErrorCode.BUSY, ErrorCode.NOT_READY, ErrorCode.OUT_OF_MEMORY})
 
 
+class DropReason(StrEnum):
+    """Why a frame did not get into a memory, in the order of its way; keys of `FrameCounters.dropped`."""
+
+    MALFORMED = "malformed"
+    UNSUPPORTED_VERSION = "unsupported_version"
+    UNSUPPORTED_ENCODING = "unsupported_encoding"
+    BAD_SIZE = "bad_size"
+    UNKNOWN_STREAM = "unknown_stream"
+    SECOND_PUBLISHER = "second_publisher"
+    AFTER_EOS = "after_eos"
+    DUPLICATE = "duplicate"
+    OUT_OF_ORDER = "out_of_order"
+    PAUSED = "paused"
+    RING_FULL = "ring_full"
+    TIME_BACKWARDS = "time_backwards"
+    SAMPLED_OUT = "sampled_out"
+    DECODE_ERROR = "decode_error"
+    TOO_LARGE = "too_large"
+    MEMORY_FULL = "memory_full"
+    OUT_OF_MEMORY = "out_of_memory"
+    ENCODE_ERROR = "encode_error"
+    RESET = "reset"
+    REMOVED = "removed"
+
+
 class OnlookerError(Exception):
     """Base of everything this package raises on purpose."""
 
