@@ -12,6 +12,7 @@ from fakes import FakeEngine
 
 from onlooker.node.chunk import Chunk, Picture
 from onlooker.node.config import load
+from onlooker.node.engine_protocol import EngineProtocol
 from onlooker.node.node import Node
 
 FREE_PORTS = {f"endpoints.{name}": "tcp://127.0.0.1:*" for name in ("frames", "ask", "control", "telemetry")}
@@ -19,7 +20,7 @@ PATIENCE_MS = 5000
 
 
 @contextmanager
-def running_node(engine: FakeEngine | None, **settings: Any) -> Iterator[Node]:
+def running_node(engine: EngineProtocol | None, **settings: Any) -> Iterator[Node]:
     """A node with a stream `front`; double underscores in settings stand for dots."""
     overrides = {key.replace("__", "."): value for key, value in settings.items()}
     config = load(None, {"name": "n1", **FREE_PORTS, **overrides}, streams=["front"])

@@ -115,7 +115,7 @@ def batches(form: Format, args: argparse.Namespace, start: int) -> Iterator[Batc
         step = stop
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Batch:
     """Torch would turn every array and tuple of a batch into something else."""
     return batch
 
