@@ -10,7 +10,7 @@ from onlooker.node.passes import DecodeStep, Place, Prefill
 
 KV_HEADS, HEADS, HEAD_DIM, LAYERS = 2, 6, 16, 2
 SCALE = 0.25
-SHAPE = KVShape(KV_HEADS, HEAD_DIM, torch.float32, (torch.device("cpu"),) * LAYERS)
+DEVICES = (torch.device("cpu"),) * LAYERS
 SLOT = 8
 
 # (stream, what it sees of it, its own tokens with the one that this step writes)
@@ -30,8 +30,8 @@ def rand(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def arena(capacity: int, seed: int) -> Arena:
-    whole = Arena(SHAPE, capacity)
+def arena(capacity: int, seed: int, dtype: torch.dtype = torch.float32) -> Arena:
+    whole = Arena(KVShape(KV_HEADS, HEAD_DIM, dtype, DEVICES), capacity)
     for i, tensor in enumerate((*whole.keys, *whole.values)):
         tensor.copy_(rand(*tensor.shape, seed=seed + i))
     return whole
@@ -40,9 +40,9 @@ def arena(capacity: int, seed: int) -> Arena:
 class Table:
     """Two streams, and a scratch whose free rows hold garbage."""
 
-    def __init__(self, case: Sequence[tuple[int, int, int]]) -> None:
-        self.streams = [arena(40, seed=10), arena(12, seed=20)]
-        self.scratch = arena(SLOT * 6, seed=30)
+    def __init__(self, case: Sequence[tuple[int, int, int]], dtype: torch.dtype = torch.float32) -> None:
+        self.streams = [arena(40, seed=10, dtype=dtype), arena(12, seed=20, dtype=dtype)]
+        self.scratch = arena(SLOT * 6, seed=30, dtype=dtype)
         self.places = []
         for i, (stream, seen, own) in enumerate(case):
             slot = (5 - i) * SLOT  # the last slot of the scratch is in use: its end is the arena's end
@@ -50,9 +50,9 @@ class Table:
                 tensor[slot + own - 1 : slot + SLOT] = float("nan")
             place = Place(self.streams[stream].extent(0, seen), self.scratch.extent(slot, slot + own))
             self.places.append(place)
-        self.query = rand(len(case), HEADS, 1, HEAD_DIM, seed=1)
-        self.key = rand(len(case), KV_HEADS, 1, HEAD_DIM, seed=2)
-        self.value = rand(len(case), KV_HEADS, 1, HEAD_DIM, seed=3)
+        self.query = rand(len(case), HEADS, 1, HEAD_DIM, seed=1).to(dtype)
+        self.key = rand(len(case), KV_HEADS, 1, HEAD_DIM, seed=2).to(dtype)
+        self.value = rand(len(case), KV_HEADS, 1, HEAD_DIM, seed=3).to(dtype)
 
     def step(self, indexes: Sequence[int], layer: int = 1) -> Tensor:
         rows = list(indexes)
@@ -85,6 +85,15 @@ def test_the_order_of_the_answers_is_kept(case: list[tuple[int, int, int]]):
     forward = Table(case).step(range(len(case)))
     backward = Table(case).step(range(len(case) - 1, -1, -1))
     assert (forward - backward.flip(0)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_in_bfloat16_a_step_is_within_a_hundredth_of_exact_attention(case: list[tuple[int, int, int]]):
+    table = Table(case, torch.bfloat16)
+    together = table.step(range(len(case)))
+    assert together.dtype == torch.bfloat16
+    for i in range(len(case)):
+        assert (together[i] - table.expected(i)).abs().max() <= 2e-2
 
 
 def test_a_step_writes_the_newest_row_of_each_answer_and_no_other():
