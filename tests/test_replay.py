@@ -173,6 +173,24 @@ def test_a_file_that_fails_does_not_end_the_others(tmp_path: Path, engine: FakeE
     assert seen(engine) == list(range(10, 20))
 
 
+def test_every_file_that_fails_is_named(tmp_path: Path, node: Node) -> None:
+    clips = [write_clip(tmp_path / f"{name}.mp4", 5) for name in ("a", "b")]
+    err = replay(node, *clips, "--rate", 0, "--start-offset", 1).err
+    assert "a.mp4: there is no picture" in err
+    assert "b.mp4: there is no picture" in err
+
+
+def test_what_was_sent_of_a_file_that_vanishes_is_remembered(clip: Path, engine: FakeEngine, node: Node) -> None:
+    flags = ("--loop", "--rate", 10, "--lossless", *endpoint_flags(node, "frames", "control"))
+    with start_onlooker("replay", clip, *flags) as command:
+        until(lambda: engine.pictures("front"), 20)
+        clip.unlink()
+        _, err = command.communicate(timeout=10)
+    assert command.returncode == 1
+    assert "there is no such file" in err
+    until(lambda: len(seen(engine)) % 12 == 0)
+
+
 def test_a_stream_that_is_not_to_be_added_must_be_known(clip: Path, node: Node) -> None:
     ended = replay(node, clip, "--stream", "gate", "--no-add", "--lossless")
     assert ended.status == 1

@@ -236,6 +236,9 @@ class Playback:
         self.position.started = time.monotonic()
         try:
             self._play_loops()
+        except VideoError:
+            self._publisher.end()  # what was sent of a file that broke off is to be remembered
+            raise
         finally:
             self._video.close()
         seconds = time.monotonic() - self.position.started
@@ -247,21 +250,18 @@ class Playback:
     def _play_loops(self) -> None:
         base_ns = 0
         for loop in itertools.count():
-            num_before = self._feed.num_sent
-            base_ns = self._play(self._video, loop, base_ns) + self._interval_ns
+            base_ns = self._play(loop, base_ns) + self._interval_ns
             self.position.num_loops = loop + 1
             self.position.num_broken += self._video.num_broken
             if self._stop.is_set() or self.position.num_loops == self._options.num_loops:
                 return
-            if self._feed.num_sent == num_before:
-                raise VideoError(self._video.source, "there is no picture in the part to play")
             self._video.close()
             self._video = open_video(self._video.source, reader=self._options.reader)
 
-    def _play(self, video: Video, loop: int, base_ns: int) -> int:
+    def _play(self, loop: int, base_ns: int) -> int:
         """Play once, beginning at `base_ns` of the playback; return the playback's time of the last picture."""
         played_ns, first_ns = base_ns, None
-        for frame in video.read(self._options.selection):
+        for frame in self._video.read(self._options.selection):
             first_ns = frame.media_ns if first_ns is None else first_ns
             played_ns = base_ns + frame.media_ns - first_ns
             self._wait(played_ns)
@@ -269,8 +269,8 @@ class Playback:
                 break
             self._feed.send(frame.pixels, self._stamp(frame.media_ns, loop))
             self._note(played_ns)
-        if first_ns is None and loop == 0:
-            raise VideoError(video.source, "there is no picture in the part to play")
+        if first_ns is None:
+            raise VideoError(self._video.source, "there is no picture in the part to play")
         return played_ns
 
     def _wait(self, played_ns: int) -> None:
@@ -290,10 +290,9 @@ class Playback:
         return self.position.started + played_ns / NS_PER_S / rate if rate else None
 
     def _stamp(self, media_ns: int, loop: int) -> Stamp:
-        is_looped = self._options.num_loops != 1
         if self._options.clock == "wall":
             return Stamp(time.time_ns(), "publish")
-        return Stamp(media_ns, "media", loop if is_looped else None)
+        return Stamp(media_ns, "media", None if self._options.num_loops == 1 else loop)
 
     def _note(self, played_ns: int) -> None:
         self.position.num_sent = self._feed.num_sent

@@ -111,10 +111,8 @@ def replay(
         adds_streams=add,
     )
     stop = threading.Event()
-    with (
-        ending_on_signal(stop),
-        open_playbacks(dict(zip(names, videos, strict=True)), options, link, stop) as playbacks,
-    ):
+    sources = dict(zip(names, videos, strict=True))
+    with open_playbacks(sources, options, link, stop) as playbacks, ending_on_signal(stop):
         results = _play(playbacks, is_quiet=is_json)
     _report(results, is_json)
     if stop.is_set():
@@ -204,9 +202,11 @@ def _played_text(played: Played) -> str:
 
 
 def _check(results: Sequence[Played | OnlookerError], is_lossless: bool) -> None:
-    """Raise the first error there was, and LostFramesError if a lossless replay lost any."""
-    for result in results:
-        if isinstance(result, OnlookerError):
-            raise result
-        if is_lossless and result.node and result.node.num_lost:
-            raise LostFramesError(result)
+    """Raise the first error there was, after printing the others; frames that a lossless replay lost are one."""
+    errors = [result for result in results if isinstance(result, OnlookerError)]
+    played = [result for result in results if isinstance(result, Played)]
+    errors += [LostFramesError(each) for each in played if is_lossless and each.node and each.node.num_lost]
+    for error in errors[1:]:
+        typer.echo(f"onlooker: {error}", err=True)
+    if errors:
+        raise errors[0]
