@@ -160,7 +160,8 @@ def _play(playbacks: Sequence[Playback], is_quiet: bool) -> list[Played | Onlook
         tasks = [display.add_task(playback.stream, total=playback.total_s, state="") for playback in playbacks]
         while wait(futures, timeout=REFRESH_S).not_done:
             _refresh(display, tasks, playbacks)
-        _refresh(display, tasks, playbacks)
+        for task, playback in zip(tasks, playbacks, strict=True):
+            display.update(task, completed=playback.total_s, state=f"{playback.position.num_sent} frames")
     return [_outcome(future) for future in futures]
 
 
