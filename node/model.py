@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from transformers.utils.hub import cached_file
 
 from .adapter import Family, family_of, require_known
 from .arena import KVShape
@@ -236,7 +237,7 @@ def _resolve(device: str) -> str:
 
 def _processor_config(path: str) -> dict[str, Any]:
     """The checkpoint's preprocessor_config.json, {} if it has none."""
-    file = transformers.utils.cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    file = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     return json.loads(Path(file).read_text()) if file else {}
 
 

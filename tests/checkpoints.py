@@ -1,7 +1,6 @@
 """Small random checkpoints of every family, the streams that tests feed them, and a model that fails on demand."""
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -143,12 +142,3 @@ def arena(stream: StreamMemory) -> list[Tensor]:
 def are_equal(a: list[Tensor], b: list[Tensor]) -> bool:
     """Bit for bit."""
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def poll(is_so: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    """Wait until something is so; fails if it does not come about."""
-    ticker, left = threading.Event(), timeout_s
-    while not is_so():
-        assert left > 0, "it did not come about in time"
-        ticker.wait(0.005)
-        left -= 0.005

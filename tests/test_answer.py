@@ -119,7 +119,9 @@ def test_the_logits_of_every_step_equal_one_pass_to_1e5(
 
 def ending_at(model: VisionLanguageModel, token: int) -> DirectedModel:
     class Ending(DirectedModel):
-        generation_config = SimpleNamespace(eos_token_id=token)
+        @property
+        def generation_config(self) -> SimpleNamespace:
+            return SimpleNamespace(eos_token_id=token)
 
     return Ending(model)
 

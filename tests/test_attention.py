@@ -51,7 +51,7 @@ def test_every_row_sees_the_whole_shared_segment(batch: int, q_len: int, kv_len:
     query = rand(batch, kv_heads * group, q_len, HEAD_DIM)
     key, value = rand(kv_len, kv_heads, HEAD_DIM, seed=1), rand(kv_len, kv_heads, HEAD_DIM, seed=2)
     everything = torch.ones(batch, q_len, kv_len, dtype=torch.bool)
-    expected = reference(query, *(x.expand(batch, -1, -1, -1) for x in (key, value)), everything)
+    expected = reference(query, key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), everything)
     assert_close(attend_shared(grouped(query, kv_heads), key, value, SCALE), expected)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Checkpoints, DirectedModel, are_equal, chunk, memory, poll, rows
+from checkpoints import Checkpoints, DirectedModel, are_equal, chunk, memory, rows
+from deadline import until
 
 from onlooker.node.chunk import Chunk, ChunkRefused
 from onlooker.node.engine import Engine, load_engine
@@ -175,7 +176,7 @@ def test_the_figures_of_a_memory_follow_its_chunks(engine: Engine, model: Direct
 def test_device_memory_counts_weights_streams_and_scratch(engine: Engine, model: DirectedModel):
     bytes_per_token = model.kv_shape.bytes_per_token
     expected = (512 + NUM_SLOTS * 128) * bytes_per_token
-    poll(lambda: engine.vram().kv_bytes == expected)
+    until(lambda: engine.vram().kv_bytes == expected)
     assert engine.vram().weights_bytes == model.weights_bytes
 
 
@@ -347,7 +348,7 @@ def test_a_flood_of_choices_does_not_hold_up_a_running_answer(engine: Engine, mo
     model.let_go()
     running.result(WAIT_S)
     assert num_choices < 100
-    poll(lambda: is_at_rest(engine))
+    until(lambda: is_at_rest(engine))
 
 
 # Questions that get no answer
@@ -409,7 +410,7 @@ def test_a_running_question_can_be_cancelled(engine: Engine, model: DirectedMode
     model.let_go()
     with pytest.raises(CancelledError):
         running.result(WAIT_S)
-    poll(lambda: is_at_rest(engine))
+    until(lambda: is_at_rest(engine))
     assert engine.question_counters().failed == {"CANCELLED": 1}
     assert are_equal(rows(the_memory(engine)), before)
 
@@ -426,7 +427,7 @@ def test_a_deadline_ends_a_question_that_runs(engine: Engine, model: DirectedMod
     encode(engine, 0)
     deadline = time.monotonic() + 0.5
     running = held_in_an_answer(engine, model, deadline)
-    poll(lambda: time.monotonic() > deadline)
+    until(lambda: time.monotonic() > deadline)
     model.let_go()
     assert code_of(running) == "DEADLINE_EXCEEDED"
     assert is_at_rest(engine)
@@ -445,7 +446,7 @@ def test_a_failing_question_has_a_code_and_leaves_nothing_behind(
     waiting = [ask(engine), ask_choice(engine)]
     model.let_go()
     assert [code_of(future) for future in (running, *waiting)] == [code] * 3
-    poll(lambda: is_at_rest(engine))
+    until(lambda: is_at_rest(engine))
     model.fail_with = None
     assert ask(engine).result(WAIT_S).memory.unchanged
     assert are_equal(rows(the_memory(engine)), before)
@@ -607,7 +608,7 @@ def test_nobody_waits_for_an_engine_that_has_failed(engine: Engine, model: Direc
     engine._vram_due = 0.0
     model.let_go()
     assert code_of(running) == "NOT_READY"
-    poll(lambda: not engine.is_ready)
+    until(lambda: not engine.is_ready)
     assert code_of(ask(engine)) == "NOT_READY"
 
 
@@ -711,7 +712,7 @@ def test_after_a_storm_each_memory_is_that_of_its_surviving_chunks(engine: Engin
     for thread in askers:
         thread.join(WAIT_S)
     assert not any(thread.is_alive() for thread in [*askers, *owners])
-    poll(lambda: is_at_rest(engine))
+    until(lambda: is_at_rest(engine))
     assert engine.is_ready and engine.question_counters().traces == 0
     allowed = {"answered", "NO_FRAMES", "UNKNOWN_MARK", "CANCELLED", "DEADLINE_EXCEEDED", "BUSY"}
     assert "answered" in codes and set(codes) <= allowed

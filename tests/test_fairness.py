@@ -33,6 +33,7 @@ def test_many_short_turns_are_worth_one_long_one():
     share, sides = FairShare(), []
     for _ in range(12):
         side = share.choose(can_encode=True, can_decode=True)
+        assert side is not None
         sides.append(side)
         share.spent(side, {"encode": 1.0, "decode": 0.25}[side])
     assert sides == ["encode", *["decode"] * 4, "encode", *["decode"] * 4, "encode", "decode"]

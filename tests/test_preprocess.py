@@ -10,7 +10,7 @@ from onlooker.node.preprocess import PatchGeometry, encode_size, patchify, to_pa
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 QWEN2 = PatchGeometry(14, 2, 2, MEAN, STD, min_pixels=56 * 56, max_pixels=1280 * 28 * 28)
-QWEN3 = PatchGeometry(16, 2, 2, (0.5,) * 3, (0.5,) * 3, min_pixels=256 * 256, max_pixels=4096 * 4096)
+QWEN3 = PatchGeometry(16, 2, 2, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), min_pixels=256 * 256, max_pixels=4096 * 4096)
 GEOMETRIES = [QWEN2, QWEN3]
 
 sides = st.integers(1, 5000)

@@ -1,5 +1,6 @@
 import os
 import sys
+from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ class FakeNvml(ModuleType):
     class NVMLError(Exception):
         pass
 
-    def __init__(self, processes: list[tuple[int, int | None]], broken: str = "") -> None:
+    def __init__(self, processes: Sequence[tuple[int, int | None]], broken: str = "") -> None:
         super().__init__("pynvml")
         self._processes = processes
         self._broken = broken
@@ -41,7 +42,7 @@ class FakeNvml(ModuleType):
 def meter_with(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> VramMeter:
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     meter = VramMeter(torch.device("cpu"))
-    meter._nvml_handle = "handle"
+    meter._nvml_handle = "handle"  # type: ignore[assignment]
     return meter
 
 
