@@ -136,6 +136,7 @@ def _reserve(model: VisionLanguageModel, capacity: int) -> Arena:
     try:
         return Arena(model.kv_shape, capacity)
     except (torch.OutOfMemoryError, RuntimeError) as error:  # the CPU allocator has no error class of its own
+        error.__traceback__ = None  # its frames hold the layers that could be had
         num_bytes = capacity * model.kv_shape.bytes_per_token
         raise MemoryError(f"cannot reserve {num_bytes} bytes for {capacity} tokens: {error}") from error
 

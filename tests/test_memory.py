@@ -7,6 +7,7 @@ import torch
 from checkpoints import FAMILIES, Checkpoints, DirectedModel, are_equal, arena, chunk, memory, rows
 from msgspec import UNSET
 
+from onlooker.node.arena import Arena
 from onlooker.node.attention import MemoryPass
 from onlooker.node.chunk import Chunk, ChunkRefused
 from onlooker.node.layout import LAYOUTS, LayoutState, Patches, Span
@@ -214,9 +215,15 @@ def test_a_budget_below_one_token_is_refused(model: DirectedModel):
         StreamMemory(model, StreamOptions("front", memory_bytes=model.kv_shape.bytes_per_token - 1))
 
 
-def test_memory_that_cannot_be_reserved_is_a_memory_error(model: DirectedModel):
-    with pytest.raises(MemoryError, match="cannot reserve"):
+def test_memory_that_cannot_be_reserved_is_a_memory_error_that_holds_on_to_nothing(model: DirectedModel):
+    def num_arenas() -> int:
+        gc.collect()
+        return sum(type(thing) is Arena for thing in gc.get_objects())
+
+    before = num_arenas()
+    with pytest.raises(MemoryError, match="cannot reserve") as refused:
         StreamMemory(model, StreamOptions("front", memory_bytes=1 << 60))
+    assert refused.value.__cause__ is not None and num_arenas() == before
 
 
 # Figures
