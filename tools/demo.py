@@ -7,6 +7,7 @@ is checked.
 
 from __future__ import annotations
 
+import signal
 import tempfile
 import threading
 import time
@@ -120,6 +121,8 @@ def demo(
 ) -> None:
     """Show it all in one terminal: a node, a clip, three questions, the telemetry."""
     require_node()
+    # SIGTERM ends it as Ctrl-C does, and takes the node along.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if video is not None:
         open_video(str(video)).close()
     report = run_demo(video, say=lambda text: None if is_json else typer.echo(text))
