@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import zmq
+from deadline import until
 from raw_node import ANSWER, CACHE, CHOICE, FRAMES, HELLO, STATUS, STREAM, Fields, RawNode, error, ok
 from zmq.auth.thread import ThreadAuthenticator
 
@@ -238,6 +239,22 @@ def test_the_node_hears_of_its_time_a_little_before_the_client_gives_up(node: Ra
     assert 400 <= node.seen.get_nowait()["deadline_ms"] <= 450
     client.ask("cam", "what?", timeout_s=10**9)
     assert node.seen.get_nowait()["deadline_ms"] <= 86_400_000
+
+
+def test_a_node_that_comes_late_is_told_the_time_that_is_left(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/late"
+    with NodeClient(endpoint, endpoint, timeout_s=10.0) as client, ThreadPoolExecutor(1) as pool:
+        started = time.monotonic()
+        asked = pool.submit(client.ping)
+        until(lambda: time.monotonic() - started > 0.5)
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as node:
+            node.set(zmq.RCVTIMEO, 5000)
+            node.bind(endpoint)
+            *envelope, body = node.recv_multipart()
+            request = msgpack.unpackb(body)
+            node.send_multipart([*envelope, msgpack.packb(ok(request, REPLIES["ping"]))])
+            assert asked.result(timeout=5.0).ready
+    assert request["deadline_ms"] <= 9400
 
 
 def test_nobody_there_is_no_reply_and_not_a_hang(tmp_path: Path) -> None:
@@ -573,6 +590,13 @@ def test_a_picture_counts_as_encoded_once_the_memory_is_as_new(feeder: NodeClien
 def test_the_number_of_an_earlier_session_does_not_count(feeder: NodeClient, node: RawNode) -> None:
     seq = feeder.process_frame("cam", RED, ts=100)
     node.answers = _streams({"newest_seq": 9, "newest_ns": 99}, {"last_seq": 9, "last_session": "earlier"})
+    assert feeder.wait_encoded("cam", seq, 0.1) is False
+    assert node.seen.qsize() > 2
+
+
+def test_a_number_in_a_memory_that_is_older_than_the_picture_does_not_count(feeder: NodeClient, node: RawNode) -> None:
+    seq = feeder.process_frame("cam", RED, ts=100)
+    node.answers = _streams({"newest_seq": 9, "newest_ns": 99}, {"last_seq": 0, "pending": 1})
     assert feeder.wait_encoded("cam", seq, 0.1) is False
     assert node.seen.qsize() > 2
 

@@ -1,3 +1,5 @@
+import socketserver
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -177,6 +179,24 @@ def test_a_peer_that_goes_away_is_a_lost_connection_and_no_refusal(context: zmq.
         assert not any(event.is_final for event in events)
         monitor.raise_if_refused()
         monitor.close()
+
+
+def test_a_peer_that_hangs_up_during_the_handshake_is_no_refusal_without_curve(context: zmq.Context) -> None:
+    # As a proxy does whose node is down. Under CURVE it would mean a wrong server key.
+    with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, args=(0.01,))
+        thread.start()
+        with open_socket(context, zmq.DEALER, max_message_bytes=100) as socket:
+            monitor = HandshakeMonitor(socket)
+            socket.set(zmq.RECONNECT_IVL, 10)
+            connect(socket, f"tcp://127.0.0.1:{proxy.server_address[1]}")
+            events: list[ConnectionEvent] = []
+            until(lambda: events.extend(monitor.events()) or sum(e.kind == "refused" for e in events) > 5)
+            monitor.raise_if_refused()
+            monitor.close()
+        proxy.shutdown()
+        thread.join()
+    assert not any(event.is_final for event in events)
 
 
 def test_a_monitor_can_be_closed_while_its_context_ends() -> None:
