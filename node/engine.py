@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from msgspec import UNSET
 
@@ -32,7 +33,7 @@ from ..protocol.messages import (
 from .answer import GrowingAnswer, decode
 from .branch import Branch, Scratch
 from .choice import choose
-from .chunk import Chunk, ChunkRefused, Encoded
+from .chunk import Chunk, ChunkRefused, Encoded, Picture
 from .engine_protocol import ModelInfo
 from .fairness import FairShare
 from .ledger import Snapshot
@@ -49,6 +50,7 @@ _IDLE_S = 0.25  # how often an idle engine comes round: for deadlines, and to sh
 _VRAM_PERIOD_S = 1.0
 _MAX_QUESTION_CHARS = 8192
 _MAX_OPTIONS = 32
+_WARM_UP_TOKENS = 256
 _STOPPED = "the engine has stopped"
 
 
@@ -134,6 +136,27 @@ class Engine:
             max_options=_MAX_OPTIONS,
             notice=model.notice,
         )
+
+    def warm_up(self) -> None:
+        """Encode and answer once on a memory that is thrown away, before `start`.
+
+        What a device loads, compiles or reserves at its first use, it does now and not on the first frame.
+        """
+        side = 2 * self._model.geometry.factor
+        pixels = np.zeros((side, side, 3), np.uint8)
+        pictures = tuple(Picture(pixels, seq, 0, "media", 0) for seq in range(2))
+        num_bytes = _WARM_UP_TOKENS * self._model.kv_shape.bytes_per_token
+        options = StreamOptions("warm-up", chunk_frames=2, encode_size=(side, side), memory_bytes=num_bytes)
+        memory = StreamMemory(self._model, options)
+        memory.append(Chunk(pictures))
+        branch = Branch(self._model, memory, memory.now, self._scratch)
+        try:
+            request = Ask(stream="warm-up", question="?", max_new_tokens=2)
+            answer = GrowingAnswer(self._model, branch, request, arrived=time.monotonic())
+            answer.start()
+            decode(self._model, [answer])
+        finally:
+            branch.close()
 
     def start(self) -> None:
         self._thread.start()
@@ -522,13 +545,14 @@ def load_engine(
     max_waiting_questions: int = 32,
     scratch_tokens: int = 2048,
 ) -> Engine:
-    """Load a model and start an engine on it. Raises what `load_model` raises."""
+    """Load a model and start an engine on it, warm. Raises what `load_model` raises."""
     engine = Engine(
         load_model(model, dtype=dtype, device=device),
         max_concurrent_questions=max_concurrent_questions,
         max_waiting_questions=max_waiting_questions,
         scratch_tokens=scratch_tokens,
     )
+    engine.warm_up()
     engine.start()
     return engine
 

@@ -85,9 +85,7 @@ class EngineProtocol(Protocol):
         """
         ...
 
-    def ask_choice(
-        self, request: AskChoice, *, arrived: float, deadline: float | None = None
-    ) -> Future[Choice]:
+    def ask_choice(self, request: AskChoice, *, arrived: float, deadline: float | None = None) -> Future[Choice]:
         """Score options against each other. Fails as `ask` does."""
         ...
 
