@@ -18,9 +18,7 @@ ASK = Ask(stream="front", question="what do you see")
 
 def chunk(num: int = 2, first_seq: int = 0) -> Chunk:
     pixels = np.zeros((4, 4, 3), np.uint8)
-    return Chunk(
-        tuple(Picture(pixels, seq, seq * 1000, "capture", seq) for seq in range(first_seq, first_seq + num))
-    )
+    return Chunk(tuple(Picture(pixels, seq, seq * 1000, "capture", seq) for seq in range(first_seq, first_seq + num)))
 
 
 @pytest.fixture
