@@ -95,10 +95,20 @@ def to_patches(frames: Tensor, size: tuple[int, int], geometry: PatchGeometry) -
 
 def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
     """Bicubic with antialias to whole pixel values, as picture libraries give them."""
-    if pixels.device.type != "cpu":  # the uint8 kernel is the CPU's alone
-        pixels = pixels.float()
-    resized = F.interpolate(pixels.contiguous(), (height, width), mode="bicubic", antialias=True)
-    return resized.round().clamp(0, 255) if resized.is_floating_point() else resized
+    if pixels.device.type == "cpu":
+        return F.interpolate(pixels.contiguous(), (height, width), mode="bicubic", antialias=True)
+    return resize_by_axes(pixels, height, width)
+
+
+def resize_by_axes(pixels: Tensor, height: int, width: int) -> Tensor:
+    """What the CPU's uint8 kernel does, for devices that have none: width, then height, whole values after each.
+
+    Both axes at once in float would overshoot where Pillow clips between its two passes.
+    """
+    pixels = pixels.float().contiguous()
+    for size in ((pixels.shape[-2], width), (height, width)):
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+    return pixels
 
 
 def patchify(pixels: Tensor, geometry: PatchGeometry) -> Tensor:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from onlooker.node.preprocess import PatchGeometry, encode_size, patchify, to_patches
+from onlooker.node.preprocess import PatchGeometry, encode_size, patchify, resize_by_axes, to_patches
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 QWEN2 = PatchGeometry(14, 2, 2, MEAN, STD, min_pixels=56 * 56, max_pixels=1280 * 28 * 28)
@@ -91,6 +91,16 @@ def test_a_resized_scene_is_within_two_pixel_steps_of_transformers(height: int, 
     apart = steps_apart(scene(height, width), geometry)
     assert apart.max() <= 2.01
     assert apart.mean() <= 0.2
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_devices_without_the_uint8_kernel_resize_alike(height: int, width: int):
+    pixels = torch.from_numpy(scene(height, width)).permute(2, 0, 1)[None]
+    one_by_one = resize_by_axes(pixels, 252, 448)
+    at_once = torch.nn.functional.interpolate(pixels, (252, 448), mode="bicubic", antialias=True)
+    apart = (one_by_one - at_once).abs()
+    assert apart.max() <= 2
+    assert apart.mean() <= 0.1
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
