@@ -7,6 +7,7 @@ import torch
 import transformers
 from checkpoints import FAMILIES, Checkpoints, chunk, memory
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from onlooker.node.adapter import UnsupportedModelError
 from onlooker.node.arena import Arena
@@ -44,6 +45,15 @@ def test_rotary_frequencies_stay_float32_in_a_bfloat16_model(checkpoints: Checkp
     assert {b.dtype for b in frequencies.values()} == {torch.float32}
     sound = dict(checkpoints.model(family)._model.named_buffers())
     assert all(torch.equal(b, sound[name]) for name, b in frequencies.items())
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path):
+    write_checkpoint(tmp_path, "qwen2_5_vl")
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight"))]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OSError, match=r"lacks 1 weights, such as .*up_proj"):
+        load_model(str(tmp_path), device="cpu")
 
 
 def test_the_dtype_of_the_checkpoint_is_the_default(tmp_path: Path):
