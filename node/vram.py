@@ -49,6 +49,8 @@ class VramMeter:
             logger.warning("NVML does not tell the processes of %s: %s", self._device, error)
             self._nvml_handle = None
             return UNSET
+        if all(process.pid != os.getpid() for process in processes):
+            return UNSET  # in a container NVML may number processes as the host does: which one are we?
         others = [p.usedGpuMemory for p in processes if p.pid != os.getpid()]
         return UNSET if None in others else sum(others)  # None: NVML hides it from this user
 

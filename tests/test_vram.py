@@ -69,7 +69,12 @@ def test_other_processes_are_those_with_another_pid(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_nvml_hides_is_unknown_not_zero(monkeypatch: pytest.MonkeyPatch):
-    processes = [(os.getpid() + 1, 30), (os.getpid() + 2, None)]
+    processes = [(os.getpid(), 1000), (os.getpid() + 1, 30), (os.getpid() + 2, None)]
+    assert meter_with(FakeNvml(processes), monkeypatch)._other_process_bytes() is UNSET
+
+
+def test_others_are_unknown_where_this_process_cannot_be_told_from_them(monkeypatch: pytest.MonkeyPatch):
+    processes = [(os.getpid() + 1, 1000), (os.getpid() + 2, 30)]
     assert meter_with(FakeNvml(processes), monkeypatch)._other_process_bytes() is UNSET
 
 
