@@ -51,6 +51,7 @@ _VRAM_PERIOD_S = 1.0
 _MAX_QUESTION_CHARS = 8192
 _MAX_OPTIONS = 32
 _WARM_UP_TOKENS = 256
+MAX_MARKS = 256
 _STOPPED = "the engine has stopped"
 
 
@@ -210,7 +211,7 @@ class Engine:
         return self._call(lambda: self._reset(stream))
 
     def mark(self, stream: str, name: str) -> Future[Mark]:
-        return self._call(lambda: _wire_mark(name, self._memory(stream).mark(name)))
+        return self._call(lambda: self._mark(stream, name))
 
     def rollback(self, stream: str, name: str) -> Future[CacheInfo]:
         return self._call(lambda: self._rollback(stream, name))
@@ -360,6 +361,13 @@ class Engine:
         self._refuse_queued(stream, "reset", f"the memory was rolled back to {name!r}")
         memory.rollback(name)
         return self._note(stream)
+
+    def _mark(self, stream: str, name: str) -> Mark:
+        memory = self._memory(stream)
+        marks = memory.ledger.marks
+        if name not in marks and len(marks) >= MAX_MARKS:
+            raise NodeError(ErrorCode.TOO_LARGE, f"{stream!r} has {MAX_MARKS} marks already, delete one")
+        return _wire_mark(name, memory.mark(name))
 
     def _delete_mark(self, stream: str, name: str) -> Marks:
         memory = self._memory(stream)
@@ -544,10 +552,13 @@ def load_engine(
     max_concurrent_questions: int = 8,
     max_waiting_questions: int = 32,
     scratch_tokens: int = 2048,
+    prepare: Callable[[VisionLanguageModel], None] = lambda model: None,
 ) -> Engine:
-    """Load a model and start an engine on it, warm. Raises what `load_model` raises."""
+    """Load a model, `prepare` the process for it, and start an engine on it, warm. Raises what `load_model` raises."""
+    loaded = load_model(model, dtype=dtype, device=device)
+    prepare(loaded)
     engine = Engine(
-        load_model(model, dtype=dtype, device=device),
+        loaded,
         max_concurrent_questions=max_concurrent_questions,
         max_waiting_questions=max_waiting_questions,
         scratch_tokens=scratch_tokens,

@@ -11,7 +11,7 @@ from checkpoints import Checkpoints, DirectedModel, are_equal, chunk, memory, ro
 from deadline import until
 
 from onlooker.node.chunk import Chunk, ChunkRefused
-from onlooker.node.engine import Engine, load_engine
+from onlooker.node.engine import MAX_MARKS, Engine, load_engine
 from onlooker.node.engine_protocol import EngineProtocol
 from onlooker.node.memory import StreamMemory
 from onlooker.node.options import StreamOptions
@@ -566,6 +566,16 @@ def test_marks_are_listed_moved_and_deleted(engine: Engine):
     assert listed == {"a": 4, "b": 2}
     left = engine.delete_mark("front", "a").result(WAIT_S)
     assert [(mark.name, mark.until_ns) for mark in left.marks] == [("b", 500_000_007)]
+
+
+def test_marks_are_bounded_and_a_known_one_may_still_move(engine: Engine):
+    encode(engine, 0)
+    for number in range(MAX_MARKS):
+        engine.mark("front", f"m{number}").result(WAIT_S)
+    with pytest.raises(NodeError) as caught:
+        engine.mark("front", "one too many").result(WAIT_S)
+    assert caught.value.code == "TOO_LARGE"
+    assert engine.mark("front", "m0").result(WAIT_S).num_frames == 2
 
 
 # The end
