@@ -87,6 +87,7 @@ def _load_engine(config: NodeConfig) -> ClosableEngine:
     from transformers.utils import logging as transformers_logging
 
     from .engine import load_engine
+    from .model import use_few_threads
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # it would tear the lines of the log
@@ -97,6 +98,7 @@ def _load_engine(config: NodeConfig) -> ClosableEngine:
         max_concurrent_questions=config.questions.max_concurrent,
         max_waiting_questions=config.questions.max_waiting,
         scratch_tokens=config.questions.scratch_tokens,
+        prepare=use_few_threads,
     )
 
 

@@ -31,7 +31,7 @@ from .branch import Branch, Scratch
 from .chunk import CHUNK_FRAMES, Chunk, Picture
 from .layout import Span
 from .memory import StreamMemory
-from .model import Vision, VisionLanguageModel, load_model
+from .model import Vision, VisionLanguageModel, load_model, use_few_threads
 from .options import StreamOptions
 from .passes import Prefill
 from .preprocess import to_patches
@@ -429,6 +429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     checks: list[Check] = []
     for model in _models(args.model, args.device):
+        use_few_threads(model)
         for check in verify(model):
             checks.append(check)
             if not args.json:
