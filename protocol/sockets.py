@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Iterator
 from ipaddress import IPv6Address, ip_address
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import zmq
 
@@ -168,6 +168,12 @@ class HandshakeMonitor:
         if is_final:
             reason += ": its key is another, or it does not use CURVE"
         return ConnectionEvent("refused", endpoint, reason, is_final)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def close(self) -> None:
         try:

@@ -103,6 +103,12 @@ HELLO: Fields = {
 }
 
 
+def packed(value: object) -> bytes:
+    body = msgpack.packb(value)
+    assert body is not None
+    return body
+
+
 def ok(request: Fields, data: Fields | None = None, status: str = "ok") -> Fields:
     """A reply that carries data."""
     return {
@@ -174,14 +180,14 @@ class RawNode:
         for socket in self._sockets:
             socket.close()
         # ZeroMQ frees a port some time after its socket was closed.
-        self._sockets = [until(partial(self._rebound, endpoint)) for endpoint in (self.ask, self.control)]
+        self._sockets = [until(partial(self._rebound, endpoint))[0] for endpoint in (self.ask, self.control)]
 
-    def _rebound(self, endpoint: str) -> zmq.Socket | None:
+    def _rebound(self, endpoint: str) -> list[zmq.Socket]:
         try:
-            return self._bound(endpoint)
+            return [self._bound(endpoint)]
         except zmq.ZMQError as error:
             assert error.errno == zmq.EADDRINUSE
-            return None
+            return []
 
     def _serve(self, socket: zmq.Socket) -> None:
         *envelope, body = socket.recv_multipart()
@@ -192,7 +198,7 @@ class RawNode:
             if isinstance(reply, bytes):
                 socket.send_multipart([*envelope, reply])
             else:
-                socket.send_multipart([*self._envelopes[reply["id"]], msgpack.packb(reply)])
+                socket.send_multipart([*self._envelopes[reply["id"]], packed(reply)])
 
     def lose_connections(self) -> None:
         """Close both sockets and bind them again, as a node that is restarted does."""

@@ -51,14 +51,13 @@ def test_a_part_beyond_the_limit_ends_the_connection(context: zmq.Context) -> No
     with (
         open_socket(context, zmq.PULL, max_message_bytes=1000) as receiver,
         open_socket(context, zmq.PUSH, max_message_bytes=1000) as sender,
+        HandshakeMonitor(sender) as monitor,
     ):
-        monitor = HandshakeMonitor(sender)
         connect(sender, bind(receiver, "tcp://127.0.0.1:*"))
         sender.send(bytes(1001))
         kinds: list[str] = []
         until(lambda: kinds.extend(event.kind for event in monitor.events()) or "lost" in kinds)
         assert not receiver.poll(0)
-        monitor.close()
 
 
 def test_binding_tells_the_port_that_was_taken(context: zmq.Context, tmp_path: Path) -> None:
@@ -127,20 +126,21 @@ def _first_final_event(context: zmq.Context, server: KeyPair | None, client: Key
     with (
         open_socket(context, zmq.ROUTER, max_message_bytes=100) as listener,
         open_socket(context, zmq.DEALER, max_message_bytes=100) as socket,
+        HandshakeMonitor(socket) as monitor,
     ):
         if server is not None:
             become_server(listener, server)
         if client is not None:
             become_client(socket, SERVER.public, client)
-        monitor = HandshakeMonitor(socket)
         connect(socket, bind(listener, "tcp://127.0.0.1:*"))
-        event = until(lambda: next((e for e in monitor.events() if e.is_final or e.kind == "ready"), None))
+        events: list[ConnectionEvent] = []
+        until(lambda: events.extend(e for e in monitor.events() if e.is_final or e.kind == "ready") or events)
+        event = events[0]
         if event.is_final:
             with pytest.raises(AuthError, match=event.endpoint):
                 monitor.raise_if_refused()
         else:
             monitor.raise_if_refused()
-        monitor.close()
         return event
 
 
@@ -168,8 +168,10 @@ def test_a_curve_server_without_an_authenticator_lets_nobody_in(context: zmq.Con
 
 
 def test_a_peer_that_goes_away_is_a_lost_connection_and_no_refusal(context: zmq.Context) -> None:
-    with open_socket(context, zmq.DEALER, max_message_bytes=100) as socket:
-        monitor = HandshakeMonitor(socket)
+    with (
+        open_socket(context, zmq.DEALER, max_message_bytes=100) as socket,
+        HandshakeMonitor(socket) as monitor,
+    ):
         events: list[ConnectionEvent] = []
         with open_socket(context, zmq.ROUTER, max_message_bytes=100) as listener:
             connect(socket, bind(listener, "tcp://127.0.0.1:*"))
@@ -178,25 +180,32 @@ def test_a_peer_that_goes_away_is_a_lost_connection_and_no_refusal(context: zmq.
         assert [event.kind for event in events[:2]] == ["ready", "lost"]
         assert not any(event.is_final for event in events)
         monitor.raise_if_refused()
-        monitor.close()
 
 
-def test_a_peer_that_hangs_up_during_the_handshake_is_no_refusal_without_curve(context: zmq.Context) -> None:
-    # As a proxy does whose node is down. Under CURVE it would mean a wrong server key.
+@pytest.fixture
+def closing_proxy() -> Iterator[str]:
+    """Takes every connection and closes it at once, as a proxy does whose node is down."""
     with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as proxy:
         thread = threading.Thread(target=proxy.serve_forever, args=(0.01,))
         thread.start()
-        with open_socket(context, zmq.DEALER, max_message_bytes=100) as socket:
-            monitor = HandshakeMonitor(socket)
-            socket.set(zmq.RECONNECT_IVL, 10)
-            connect(socket, f"tcp://127.0.0.1:{proxy.server_address[1]}")
-            events: list[ConnectionEvent] = []
-            until(lambda: events.extend(monitor.events()) or sum(e.kind == "refused" for e in events) > 5)
-            monitor.raise_if_refused()
-            monitor.close()
+        yield f"tcp://127.0.0.1:{proxy.server_address[1]}"
         proxy.shutdown()
         thread.join()
-    assert not any(event.is_final for event in events)
+
+
+def test_a_peer_that_hangs_up_during_the_handshake_is_no_refusal_without_curve(
+    context: zmq.Context, closing_proxy: str
+) -> None:
+    with (
+        open_socket(context, zmq.DEALER, max_message_bytes=100) as socket,
+        HandshakeMonitor(socket) as monitor,
+    ):
+        socket.set(zmq.RECONNECT_IVL, 10)
+        connect(socket, closing_proxy)
+        events: list[ConnectionEvent] = []
+        until(lambda: events.extend(monitor.events()) or sum(e.kind == "refused" for e in events) > 5)
+        monitor.raise_if_refused()
+        assert not any(event.is_final for event in events)
 
 
 def test_a_monitor_can_be_closed_while_its_context_ends() -> None:

@@ -3,10 +3,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-import msgpack
 import pytest
 import zmq
-from raw_node import HELLO, STATUS, Fields
+from raw_node import HELLO, STATUS, Fields, packed
 
 from onlooker.protocol.curve import generate, write_keypair
 from onlooker.protocol.errors import AuthError, ClosedError
@@ -34,7 +33,7 @@ class RawTelemetry:
         return self
 
     def publish(self, topic: bytes, seq: int, record: Fields) -> None:
-        self.publish_parts(topic, struct.pack(">Q", seq), msgpack.packb(record))
+        self.publish_parts(topic, struct.pack(">Q", seq), packed(record))
 
     def publish_parts(self, *parts: bytes) -> None:
         self.socket.send_multipart(parts)
@@ -165,7 +164,7 @@ def test_a_node_that_is_bound_later_is_heard(tmp_path: Path) -> None:
         node.set(zmq.LINGER, 0)
         node.bind(endpoint)
         node.recv()
-        node.send_multipart([b"stats/n1/", bytes(8), msgpack.packb(STATUS)])
+        node.send_multipart([b"stats/n1/", bytes(8), packed(STATUS)])
         assert subscriber.receive(WAIT_S) is not None
 
 
