@@ -87,6 +87,7 @@ def ask(
         is_streamed=not (no_stream or is_json),
     )
     with open_client(ask_endpoint, control, Keys(server_key, client_key), timeout_s) as client:
+        client.wait_ready()  # a node that was just started is still loading its model
         asker = _Asker(client, stream or only_stream(client), manner)
         if question is not None:
             asker.ask(question)

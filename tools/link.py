@@ -54,6 +54,8 @@ class Link:
         """
         with ExitStack() as stack:
             node = stack.enter_context(self._client()) if self._needs_node else None
+            if node:
+                node.wait_ready()  # a node that was just started is still loading its model
             if node and self.adds_streams:
                 for name in set(streams) - set(node.stream_names()):
                     node.add_stream(StreamSpec(stream=name))
