@@ -1,6 +1,7 @@
 """The built-in model's shape, and its forward pass over a batch: the same weights, run wide for training."""
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,22 +16,40 @@ from ..tools.scenes import draw, pixel_grid
 from ..tools.story import COLOURS, SHAPES
 from .batches import Batch
 
-HIDDEN = 256
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How large the model is; `mrope` are the frequencies of time, height and width, half a head's width together."""
+
+    hidden: int
+    intermediate: int
+    num_layers: int
+    num_heads: int
+    mrope: tuple[int, int, int]
+    vision_hidden: int
+    vision_intermediate: int
+    vision_heads: int
 
 
-def build_config(tokenizer: Any) -> Any:
+SIZES = {
+    "small": Size(192, 512, 4, 6, (8, 4, 4), 128, 320, 4),
+    "medium": Size(256, 640, 6, 4, (16, 8, 8), 192, 448, 6),
+}
+
+
+def build_config(tokenizer: Any, size: Size) -> Any:
     """Qwen2.5-VL, small. Every vision layer sees its whole temporal patch: the window is larger than any frame."""
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
     text = {
         "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 640,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.num_layers,
+        "num_attention_heads": size.num_heads,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
         # The lowest frequencies serve the width: at theta 100 neighbouring columns are still told apart.
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [16, 8, 8]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": list(size.mrope)},
         "initializer_range": 0.03,
         "tie_word_embeddings": True,
         "bos_token_id": ids["<|endoftext|>"],
@@ -39,10 +58,10 @@ def build_config(tokenizer: Any) -> Any:
     }
     vision = {
         "depth": 4,
-        "hidden_size": 192,
-        "intermediate_size": 448,
-        "num_heads": 6,
-        "out_hidden_size": HIDDEN,
+        "hidden_size": size.vision_hidden,
+        "intermediate_size": size.vision_intermediate,
+        "num_heads": size.vision_heads,
+        "out_hidden_size": size.hidden,
         "window_size": 448,
         "fullatt_block_indexes": [0, 1, 2, 3],
         "tokens_per_second": 2,
@@ -80,7 +99,8 @@ class Trainee(nn.Module):
         self.model = model
         self.core = model.model
         self.geometry = geometry
-        self.heads = nn.ModuleList([_SightHead(HIDDEN), _SightHead(HIDDEN)])
+        hidden = model.config.text_config.hidden_size
+        self.heads = nn.ModuleList([_SightHead(hidden), _SightHead(hidden)])
 
     def forward(self, batch: Batch, device: torch.device, noise: torch.Generator) -> Losses:
         pixels = render(batch, device, noise)

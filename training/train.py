@@ -31,7 +31,7 @@ from ..node.preprocess import PatchGeometry
 from ..node.random_checkpoint import build_tokenizer, save_checkpoint
 from ..tools.scene_questions import KINDS, corpus
 from .batches import Batch, Plan, Streams, make_batch
-from .network import Trainee, build_config
+from .network import SIZES, Trainee, build_config
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +42,10 @@ CURRICULUM = ((0.12, 4), (0.3, 16), (0.65, 48), (1.0, 96))
 EASY = ("colour_now", "shape_now", "where_now", "what_now", "motion_now", "first", "last", "seen_x", "visible_x")
 
 
-def build(seed: int) -> tuple[Trainee, Any, Format]:
+def build(seed: int, size: str = "medium") -> tuple[Trainee, Any, Format]:
     """An untrained model, its tokenizer, and the format its prompts have."""
     tokenizer = build_tokenizer(vocab_size=768, corpus=corpus())
-    config = build_config(tokenizer)
+    config = build_config(tokenizer, SIZES[size])
     torch.manual_seed(seed)
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     model.set_attn_implementation("sdpa")
@@ -90,9 +90,9 @@ class Tokenize:
         return self._known[text]
 
 
-def plan_at(progress: float, tokens: int) -> Plan:
-    """How hard streams may be at a share of the training, 0 to 1; tokens a batch."""
-    max_patches = next(patches for until, patches in CURRICULUM if progress <= until)
+def plan_at(progress: float, tokens: int, longest: int = CURRICULUM[-1][1]) -> Plan:
+    """How hard streams may be at a share of the training, 0 to 1; tokens a batch, never over `longest` patches."""
+    max_patches = min(longest, next(patches for until, patches in CURRICULUM if progress <= until))
     return Plan(tokens, max_patches, kinds=EASY if progress <= CURRICULUM[0][0] else tuple(KINDS))
 
 
@@ -103,7 +103,7 @@ def batches(form: Format, args: argparse.Namespace, start: int) -> Iterator[Batc
         stop = round(until * args.steps)
         if step >= stop:
             continue
-        streams = Streams(form, args.seed + step, plan_at((step + 1) / args.steps, args.tokens))
+        streams = Streams(form, args.seed + step, plan_at((step + 1) / args.steps, args.tokens, args.max_patches))
         loader = DataLoader(
             streams,
             batch_size=None,
@@ -129,7 +129,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 def train(args: argparse.Namespace) -> None:
     """Train to the last step, saving state on the way."""
     device = torch.device(args.device)
-    trainee, _, form = build(args.seed)
+    trainee, _, form = build(args.seed, args.size)
     trainee.to(device)
     logger.info("%.2f million parameters", sum(p.numel() for p in trainee.model.parameters()) / 1e6)
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02)
@@ -148,25 +148,30 @@ def train(args: argparse.Namespace) -> None:
         optimizer.zero_grad(set_to_none=True)
         tally.add(losses)
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
-            _log(args.run, step + 1, time.monotonic() - began, tally, plan_at((step + 1) / args.steps, args.tokens))
+            _log(
+                args.run,
+                step + 1,
+                time.monotonic() - began,
+                tally,
+                plan_at((step + 1) / args.steps, args.tokens, args.max_patches),
+            )
             tally.clear()
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or time.monotonic() - began > args.seconds:
             _save(args.run, step + 1, trainee, optimizer)
         if time.monotonic() - began > args.seconds:
             logger.info("stopped at step %d, the time is up", step + 1)
             break
-    test = evaluate(trainee, form, device, args.seed, args.tokens)
+    test = evaluate(trainee, form, device, plan_at(1.0, args.tokens, args.max_patches), args.seed)
     logger.info("held out: %s", json.dumps(test))
     _append(args.run / "log.jsonl", {"held_out": test})
 
 
 @torch.inference_mode()
 def evaluate(
-    trainee: Trainee, form: Format, device: torch.device, seed: int, tokens: int, num_batches: int = 24
+    trainee: Trainee, form: Format, device: torch.device, plan: Plan, seed: int, num_batches: int = 24
 ) -> dict[str, Any]:
     """Share of answers that are right to the last token, by kind, on held-out stories at full length."""
     rng, noise, tally = np.random.default_rng(seed + 1), torch.Generator(device).manual_seed(seed), Tally()
-    plan = Plan(tokens, CURRICULUM[-1][1])
     for _ in range(num_batches):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             tally.add(trainee(make_batch(form, rng, plan, split="test"), device, noise))
@@ -209,9 +214,9 @@ class Tally:
         return shares | {"all": round(self._right.sum() / max(1, self._asked.sum()), 4)}
 
 
-def export(run: Path, folder: Path, seed: int) -> None:
+def export(run: Path, folder: Path, seed: int, size: str) -> None:
     """Write the trained model as a checkpoint folder, bfloat16."""
-    trainee, tokenizer, _ = build(seed)
+    trainee, tokenizer, _ = build(seed, size)
     state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
     trainee.load_state_dict(state["trainee"])
     save_checkpoint(
@@ -258,6 +263,8 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop, saved, after so long")
     parser.add_argument("--tokens", type=int, default=96_000, help="in a batch; less on a small device")
+    parser.add_argument("--size", choices=sorted(SIZES), default="medium")
+    parser.add_argument("--max-patches", type=int, default=CURRICULUM[-1][1], help="the longest streams")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=12)
@@ -268,7 +275,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     args = parser.parse_args(None if argv is None else list(argv))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.export:
-        export(args.run, args.export, args.seed)
+        export(args.run, args.export, args.seed, args.size)
     else:
         train(args)
     return 0
