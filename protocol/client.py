@@ -376,7 +376,7 @@ class NodeClient:
         return self._timeout_s if timeout_s is None else _checked_seconds(timeout_s)
 
     def close(self) -> None:
-        """Close. Pictures that were given are still sent; open requests end with ClosedError.
+        """Close. Pictures that were given, or are being given, are still sent; open requests end with ClosedError.
 
         With a context that was given to the client, open requests go on to their own end.
         """
@@ -430,9 +430,12 @@ class _Feed:
 
     def end(self) -> None:
         with self._lock:
-            if not self.has_ended:
-                self.has_ended = True
+            if self.has_ended:
+                return
+            self.has_ended = True
+            try:
                 self._publisher.end()
+            finally:
                 self._publisher.close()
 
     def fate_of(self, seq: int, stats: StreamStats) -> bool | None:
@@ -453,8 +456,6 @@ class _Feed:
             self.end()
         except OnlookerError as error:
             logger.warning("%s could not be ended: %s", self._publisher.stream, error)
-        finally:
-            self._publisher.close()
 
 
 def _new_pieces(replies: Iterator[Reply]) -> Generator[PartialAnswer, None, Reply]:

@@ -500,17 +500,19 @@ class RawFrames:
     def __init__(self, context: zmq.Context) -> None:
         self._socket = context.socket(zmq.SUB)
         self._socket.set(zmq.LINGER, 0)
+        self._socket.set(zmq.RCVHWM, 1)
         self._socket.subscribe(b"frame/")
         self._socket.bind("tcp://127.0.0.1:*")
         self.endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
         self.received: queue.Queue[list[bytes]] = queue.Queue()
+        self.is_reading = True
         self._should_stop = False
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._should_stop:
-            if self._socket.poll(5):
+            if self._socket.poll(5) and self.is_reading:
                 self.received.put(self._socket.recv_multipart())
 
     def close(self) -> None:
@@ -571,6 +573,21 @@ def test_pictures_for_a_node_that_is_not_there_are_an_error_in_time(node: RawNod
     client = NodeClient(node.ask, frames=f"ipc://{tmp_path}/nobody", timeout_s=0.1)
     with client, pytest.raises(NoReplyError):
         client.process_frame("cam", RED)
+
+
+def test_a_node_that_does_not_read_is_an_error_in_time_and_closing_still_works(
+    node: RawNode, frames: RawFrames
+) -> None:
+    picture = np.zeros((1024, 1024, 3), np.uint8)
+    frames.is_reading = False
+    started = time.monotonic()
+    with NodeClient(node.ask, node.control, frames=frames.endpoint, timeout_s=0.2) as client:
+        with pytest.raises(NoReplyError):
+            for _ in range(100):
+                client.process_frame("cam", picture)
+        with pytest.raises(NoReplyError):
+            client.end_stream("cam")
+    assert time.monotonic() - started < 3.0
 
 
 def _streams(cache: Fields, frames: Fields) -> Callable[[Fields], Iterable[Fields]]:
