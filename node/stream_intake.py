@@ -14,6 +14,7 @@ import numpy as np
 from msgspec import UNSET, UnsetType
 
 from ..protocol.codec import ReceivedFrame
+from ..protocol.errors import DropReason
 from ..protocol.messages import CacheInfo, FrameCounters, StageTimings, StreamStats
 from .chunk import Chunk, ChunkRefused, Encoded, Picture
 from .chunker import FrameChunker
@@ -65,7 +66,7 @@ class StreamIntake:
     pending. The reasons of `dropped`, in the order of the path:
 
     - `second_publisher`, `after_eos`, `duplicate`, `out_of_order`, `paused`, `ring_full`
-    - `time_backwards`, `sampled` (the sampler did not keep it)
+    - `time_backwards`, `sampled_out` (the sampler did not keep it)
     - `decode_error`, `too_large`, `bad_size`, `unsupported_encoding`
     - `memory_full`, `out_of_memory`, `encode_error`, `removed`, and `reset`
     """
@@ -191,7 +192,7 @@ class StreamIntake:
             self._drop("time_backwards")
             return None
         if not self._sampler.keep(stream_ns):
-            self._drop("sampled")
+            self._drop("sampled_out")
             return None
         self._num_kept += 1
         return stream_ns
@@ -254,7 +255,7 @@ class StreamIntake:
 
     def _drop(self, reason: str, num: int = 1) -> None:
         if num:
-            self._dropped[reason] += num
+            self._dropped[DropReason(reason).value] += num  # PROTOCOL.md lists them all
 
     # Control
 

@@ -44,7 +44,7 @@ def stream_stats(**changes: Any) -> StreamStats:
         seconds=2.5,
     )
     frames = FrameCounters(
-        received=12, kept=8, encoded=8, pending=0, padded=0, dropped={"sampled": 3, "ring_full": 1}, gaps=5
+        received=12, kept=8, encoded=8, pending=0, padded=0, dropped={"sampled_out": 3, "ring_full": 1}, gaps=5
     )
     facts: dict[str, Any] = {
         "ts": NS,

@@ -69,7 +69,7 @@ def asked(unchanged: bool) -> Asked:
 
 def counters(**changes: Any) -> FrameCounters:
     facts: dict[str, Any] = {"received": 12, "kept": 11, "encoded": 10, "pending": 0, "padded": 0, "gaps": 0}
-    facts["dropped"] = {"sampled": 1, "memory_full": 1}
+    facts["dropped"] = {"sampled_out": 1, "memory_full": 1}
     return FrameCounters(**facts | changes)
 
 

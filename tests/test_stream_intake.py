@@ -213,7 +213,7 @@ def test_what_the_sampler_leaves_out_is_counted_and_not_decoded():
     front = bench(stride=3)
     front.send(7)
     assert front.run() == [[0, 3]]
-    assert (front.counters.kept, front.counters.pending, front.counters.dropped) == (3, 1, {"sampled": 4})
+    assert (front.counters.kept, front.counters.pending, front.counters.dropped) == (3, 1, {"sampled_out": 4})
 
 
 def test_duplicates_late_frames_and_gaps_are_counted():

@@ -47,7 +47,7 @@ def view() -> View:
         "25%  250 of 1000 tokens",
         "16 kB of 64 kB, 8 frames of 2.5 s",
         "received 12, kept 8, encoded 8",
-        "sampled 3, ring_full 1; 5 never arrived",
+        "sampled_out 3, ring_full 1; 5 never arrived",
         "lag 120 ms, decode 4 ms, vision 30 ms",
         "answered 2",
         "failed BUSY 1",

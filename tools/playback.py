@@ -94,7 +94,7 @@ class Arrivals(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def num_lost(self) -> int:
         """Frames that were meant for the memory and that it might have held."""
-        on_purpose = ("sampled", "memory_full", "paused", "reset", "removed")
+        on_purpose = ("sampled_out", "memory_full", "paused", "reset", "removed")
         return self.gaps + sum(num for reason, num in self.dropped.items() if reason not in on_purpose)
 
 
