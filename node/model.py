@@ -210,12 +210,13 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Visio
     family_of(transformers.AutoConfig.from_pretrained(path))
     device = _resolve(device)
     placement = device if device == "balanced" else {"": device}
-    model, loading = transformers.AutoModelForImageTextToText.from_pretrained(
+    loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(
         path,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
         device_map=placement,
         output_loading_info=True,
     )
+    model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would go on with random values
         raise OSError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)

@@ -70,7 +70,7 @@ class Streams(IterableDataset):
         self._form = form
         self._seed = seed
         self._plan = plan
-        self._split = split
+        self._split: Split = split
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
