@@ -78,7 +78,8 @@ class FramePublisher:
         self._owns_context = context is None
         self._context = zmq.Context() if context is None else context
         self._socket = self._open_socket(lossless)
-        self._monitor = HandshakeMonitor(self._socket)
+        # A server refuses strangers, which is not its own failure: it watches nothing.
+        self._monitor = None if self._is_server else HandshakeMonitor(self._socket)
         try:
             self._attach(peer=server_key, own=client_key)
         except BaseException:
@@ -139,11 +140,14 @@ class FramePublisher:
             left_ms = (deadline - time.monotonic()) * 1000
             if left_ms <= 0:
                 return False
-            zmq.select([self._socket, self._monitor.socket], [], [], left_ms / 1000)
+            zmq.select(self._sources(), [], [], left_ms / 1000)
         return True
 
+    def _sources(self) -> list[zmq.Socket]:
+        return [self._socket] if self._monitor is None else [self._socket, self._monitor.socket]
+
     def _take_subscriptions(self) -> None:
-        if not self._is_server:  # a server refuses strangers, which is not its own failure
+        if self._monitor is not None:
             self._monitor.raise_if_refused()
         while self._socket.poll(0, zmq.POLLIN):
             message = self._socket.recv()
@@ -237,7 +241,8 @@ class FramePublisher:
         if not self._is_open:
             return
         self._is_open = False
-        self._monitor.close()
+        if self._monitor is not None:
+            self._monitor.close()
         self._socket.close()
         if self._authenticator is not None:
             self._authenticator.stop()

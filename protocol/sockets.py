@@ -1,6 +1,7 @@
 """How every ZeroMQ socket of this protocol is opened, and what its monitor says about the connection."""
 
 import struct
+import uuid
 from collections.abc import Iterator
 from ipaddress import IPv6Address, ip_address
 from typing import Literal, NamedTuple, Self
@@ -118,14 +119,15 @@ class HandshakeMonitor:
     """What happens to the connections of one socket, of which ZeroMQ itself says nothing.
 
     A wrong CURVE key looks like silence: only the socket's monitor tells. Make it before the socket connects
-    or binds, use it on the socket's thread, and close it before the socket.
+    or binds, use it on the socket's thread, and close it before the socket. One that is not read holds some 100
+    bytes for each event. A bound socket, where strangers make events, needs one that is read all the time, or none.
     """
 
     def __init__(self, watched: zmq.Socket) -> None:
         self._watched = watched
         self._num_broken = 0
         self._refusal: ConnectionEvent | None = None
-        self.socket: zmq.Socket = watched.get_monitor_socket(_WATCHED)  # for a poller
+        self.socket: zmq.Socket = _monitor_socket(watched)  # for a poller
 
     def events(self) -> Iterator[ConnectionEvent]:
         """Take the events that are there, without waiting."""
@@ -182,3 +184,23 @@ class HandshakeMonitor:
             pass  # nothing happens to the socket any more
         finally:
             self.socket.close(linger=0)
+
+
+def _monitor_socket(watched: zmq.Socket) -> zmq.Socket:
+    """Read what libzmq tells of a socket.
+
+    Its I/O thread waits when the queue of events is full, and with it all sockets of the context: the queue
+    must have no bound, which holds only if it is set before the two ends meet.
+    """
+    address = f"inproc://monitor-{uuid.uuid4()}"
+    watched.monitor(address, _WATCHED)
+    socket = watched.context.socket(zmq.PAIR)
+    try:
+        socket.set(zmq.LINGER, 0)
+        socket.set(zmq.RCVHWM, 0)
+        socket.connect(address)
+    except BaseException:
+        watched.disable_monitor()
+        socket.close(linger=0)
+        raise
+    return socket

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import zmq
 from deadline import until
+from probes import probe
 
 from onlooker.protocol.camera import FramePublisher
 from onlooker.protocol.curve import KeyPair, become_client, generate, write_keypair
@@ -316,3 +317,15 @@ def test_a_bound_publisher_with_keys_lets_in_only_the_nodes_it_knows(tmp_path, c
             assert camera.wait_for_subscriber(WAIT_S)
             camera.publish_image(RED)
             assert len(node.recv_multipart()) == 4
+
+
+def test_a_publisher_that_binds_is_not_stopped_by_strangers_that_come_and_go(context: zmq.Context) -> None:
+    with FramePublisher("cam", bind="tcp://127.0.0.1:*") as camera:
+        probe(camera.endpoint, 1500)
+        with context.socket(zmq.SUB) as node:
+            node.set(zmq.LINGER, 0)
+            node.subscribe(b"frame/cam/")
+            node.connect(camera.endpoint)
+            assert camera.wait_for_subscriber(WAIT_S)
+            camera.publish_image(RED)
+            assert node.poll(int(WAIT_S * 1000))

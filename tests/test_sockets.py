@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import zmq
 from deadline import until
+from probes import probe
 
 from onlooker.protocol.curve import KeyPair, become_client, become_server, generate
 from onlooker.protocol.errors import AuthError
@@ -219,3 +220,18 @@ def test_a_monitor_can_be_closed_while_its_context_ends() -> None:
         monitor.close()
         socket.close()
         ended.result(timeout=5)
+
+
+def test_a_monitor_that_nobody_reads_stops_nothing(context: zmq.Context) -> None:
+    with (
+        open_socket(context, zmq.PULL, max_message_bytes=100) as receiver,
+        HandshakeMonitor(receiver) as monitor,
+        open_socket(context, zmq.PUSH, max_message_bytes=100) as sender,
+    ):
+        endpoint = bind(receiver, "tcp://127.0.0.1:*")
+        probe(endpoint, 2500)  # the default bound is 1000 messages on each side
+        connect(sender, endpoint)
+        sender.send(b"hello")
+        assert receiver.poll(5000)
+        refused: list[ConnectionEvent] = []
+        until(lambda: refused.extend(e for e in monitor.events() if e.kind != "ready") or len(refused) >= 2500)

@@ -1,0 +1,10 @@
+"""Strangers who connect, say nothing and are gone."""
+
+import socket
+
+
+def probe(endpoint: str, count: int) -> None:
+    """Connect `count` times to an endpoint of this machine, as a port scan or a health check does."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    for _ in range(count):
+        socket.create_connection((host, int(port)), timeout=5).close()
