@@ -71,3 +71,10 @@ def test_every_flag_of_the_node_reaches_it() -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 2
     assert "model" in run.stderr
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:65536", "tcp://127.0.0.1", "http://127.0.0.1:5560"])
+def test_an_endpoint_that_is_none_is_a_mistake_of_the_command_line(endpoint: str) -> None:
+    ended = onlooker("ask", "x", "--ask", endpoint)
+    assert ended.status == 2
+    assert "an endpoint is" in ended.err

@@ -18,9 +18,15 @@ _ENDPOINT = re.compile(r"tcp://[^\s/]+:(\d{1,5}|\*)|ipc://\S+")
 
 
 def _checked_endpoint(endpoint: str | None) -> str | None:
-    if endpoint is not None and not _ENDPOINT.fullmatch(endpoint):
+    match = None if endpoint is None else _ENDPOINT.fullmatch(endpoint)
+    if endpoint is not None and (match is None or not _is_port(match[1])):
         raise typer.BadParameter(f"an endpoint is tcp://host:port or ipc://path, got {endpoint}")
     return endpoint
+
+
+def _is_port(port: str | None) -> bool:
+    """Whether this is a port, one to be picked, or of an endpoint that has none."""
+    return port in (None, "*") or int(port) <= 65535
 
 
 def _endpoint(*flags: str, help: str) -> typer.models.OptionInfo:
