@@ -1,5 +1,6 @@
 import resource
 import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -7,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onlooker.node.picture_decoder import PictureError, _read_rgb, decode_picture
+from onlooker.node.picture_decoder import (
+    MAX_HEADER_BYTES,
+    MAX_JPEG_SEGMENTS,
+    MAX_PNG_CHUNKS,
+    PictureError,
+    _read_rgb,
+    decode_picture,
+    decoded_bytes,
+    stored_size,
+)
 from onlooker.protocol.messages import FrameHeader
 
 RED = (255, 0, 0)
@@ -41,6 +51,10 @@ def reason(enc: str, payload: bytes, **fields) -> str:
     with pytest.raises(PictureError) as refused:
         decode_picture(header(enc, **fields), payload)
     return refused.value.reason
+
+
+JPEG = encoded(plain(RED, 16, 16), "jpeg")
+PNG = encoded(plain(RED, 16, 16), "png")
 
 
 @pytest.mark.parametrize("enc", ["jpeg", "png", "rgb8", "bgr8"])
@@ -115,6 +129,79 @@ def test_a_picture_that_would_take_too_much_memory_is_not_decoded():
     assert reason("mono8", b"", w=8193, h=8192) == "too_large"
 
 
+def test_how_many_pixels_are_too_many_is_the_callers_choice():
+    payload = encoded(plain(RED), "png")
+    assert decode_picture(header("png"), payload, max_pixels=48 * 32).shape == (32, 48, 3)
+    for enc in ("jpeg", "png", "rgb8"):
+        with pytest.raises(PictureError, match="48x32 is more than 1535 pixels"):
+            decode_picture(header(enc, w=48, h=32), encoded(plain(RED), enc), max_pixels=48 * 32 - 1)
+
+
+def with_header(num_bytes: int) -> bytes:
+    """A JPEG that states its size only after `num_bytes` of fill."""
+    return JPEG[:2] + b"\xff" * num_bytes + JPEG[2:]
+
+
+def test_fill_bytes_before_a_marker_mean_nothing():
+    assert decode_picture(header("jpeg"), with_header(1000)).shape == (16, 16, 3)
+
+
+def test_a_jpeg_that_states_no_size_in_its_first_mebibyte_has_none():
+    at = JPEG.index(b"\xff\xc0")
+    assert stored_size(with_header(MAX_HEADER_BYTES - at - 9), "jpeg") == (16, 16)
+    assert reason("jpeg", with_header(MAX_HEADER_BYTES - at - 8)) == "decode_error"
+
+
+class Looked(bytes):
+    """Bytes that remember the largest part of them that was asked for."""
+
+    most = 0
+
+    def __getitem__(self, key):
+        part = super().__getitem__(key)
+        self.most = max(self.most, len(part)) if isinstance(key, slice) else len(self)
+        return part
+
+
+@pytest.mark.parametrize("enc", ["jpeg", "png"])
+def test_no_more_than_the_first_mebibyte_is_searched_for_a_size(enc):
+    payload = Looked(JPEG[:2] + b"\xff" * (2 * MAX_HEADER_BYTES))
+    with pytest.raises(PictureError):
+        stored_size(payload, enc)
+    assert payload.most == MAX_HEADER_BYTES
+
+
+def test_a_jpeg_of_too_many_segments_is_a_decode_error():
+    def of(num_segments: int) -> bytes:
+        return JPEG[:2] + b"\xff\xfe\0\2" * num_segments + JPEG[2:]
+
+    at = JPEG.index(b"\xff\xc0")
+    num_own = JPEG.count(b"\xff\xe0", 0, at) + JPEG.count(b"\xff\xdb", 0, at) + 1
+    assert stored_size(of(MAX_JPEG_SEGMENTS - num_own), "jpeg") == (16, 16)
+    assert reason("jpeg", of(MAX_JPEG_SEGMENTS)) == "decode_error"
+
+
+def test_a_png_of_too_many_chunks_is_a_decode_error():
+    def of(num_chunks: int) -> bytes:
+        empty = struct.pack(">I4s", 0, b"teXt") + struct.pack(">I", zlib.crc32(b"teXt"))
+        return PNG[:33] + empty * num_chunks + PNG[33:]  # after the signature and IHDR
+
+    assert decode_picture(header("png"), of(100)).shape == (16, 16, 3)
+    assert reason("png", of(MAX_PNG_CHUNKS)) == "decode_error"
+
+
+@pytest.mark.parametrize("enc", ["jpeg", "png", "rgb8", "mono8"])
+def test_the_memory_of_a_picture_is_known_before_it_is_decoded(enc):
+    payload = encoded(plain(RED), enc)
+    assert decoded_bytes(header(enc, w=48, h=32), payload) == 48 * 32 * 3
+    assert decoded_bytes(header(enc, w=48, h=32), memoryview(payload)) == 48 * 32 * 3
+
+
+@pytest.mark.parametrize("enc", ["jpeg", "png", "rgb8"])
+def test_what_cannot_be_decoded_takes_no_memory(enc):
+    assert decoded_bytes(header(enc), b"x") == 0
+
+
 def test_a_png_chunk_that_claims_gigabytes_is_not_believed():
     png = bytearray(encoded(plain(RED), "png"))
     at = png.index(b"IDAT") - 4
@@ -141,10 +228,6 @@ def test_the_end_of_a_thumbnail_is_not_the_end_of_the_picture():
 
 def test_an_unknown_encoding_is_said_to_be_one():
     assert reason("h264", b"\0\0\0\1") == "unsupported_encoding"
-
-
-JPEG = encoded(plain(RED, 16, 16), "jpeg")
-PNG = encoded(plain(RED, 16, 16), "png")
 
 
 @given(st.sampled_from(["jpeg", "png", "rgb8"]), st.sampled_from([JPEG, PNG, b""]), st.data())
