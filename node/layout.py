@@ -48,8 +48,9 @@ class Patches:
     is_image: bool = False  # image mode: one frame, outside any video
 
     @property
-    def tokens_per_patch(self) -> int:
-        return self.height * self.width
+    def num_tokens(self) -> int:
+        """Of the pictures alone."""
+        return self.height * self.width * len(self.times_ns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,10 @@ class StreamMemory:
         """Encode a chunk into the memory, or raise ChunkRefused and leave the memory as it was."""
         model, now = self._model, self.now
         size = self._encode_size(chunk)
-        span, layout = self.layout.extend(now.layout, _patches(chunk, model.geometry.grid(size)))
+        patches = _patches(chunk, model.geometry.grid(size))
+        # Before anything of that size is made: a tiny picture may be asked for at an enormous size.
+        self._check_room(patches.num_tokens, now.layout.next_position)
+        span, layout = self.layout.extend(now.layout, patches)
         self._check_room(len(span), span.next_position)
         try:
             times = model.encode(

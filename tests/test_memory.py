@@ -128,6 +128,14 @@ def test_one_giant_frame_does_not_make_the_memory_full_for_the_small_ones(model:
         stream.append(chunk(seq + 2))
 
 
+def test_an_enormous_encode_size_is_refused_before_anything_of_that_size_is_made(model: DirectedModel):
+    options = StreamOptions("front", chunk_frames=2, encode_size=(10**7, 10**7), memory_bytes=1 << 20)
+    stream = StreamMemory(model, options)
+    with pytest.raises(ChunkRefused, match="does not fit"):  # its positions alone would take 4 TB
+        stream.append(chunk(0, num=2))
+    assert stream.info().num_tokens == 0
+
+
 def test_the_length_that_the_model_was_trained_for_is_a_limit(model: DirectedModel):
     stream = memory(model)
     stream.append(chunk(0))
