@@ -5,16 +5,19 @@ restore. Branches draw their private rows from a scratch that is reserved once.
 """
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..protocol.errors import ErrorCode, NodeError
-from ..protocol.messages import Provenance
+from ..protocol.messages import Provenance, or_unset
 from .arena import Arena, Extent, KVShape
 from .layout import Span
 from .ledger import Snapshot
 from .memory import StreamMemory
 from .model import VisionLanguageModel
 from .passes import Place, Prefill
+
+LOGITS_AT_ONCE = 256  # rows over the whole vocabulary, in float32: 156 MB at 152 thousand tokens
 
 
 class Scratch:
@@ -81,14 +84,27 @@ class Branch:
         self.next_position = span.next_position
         return self._model.logits(hidden[-1])
 
-    def continuations(self, ids: np.ndarray) -> Tensor:
-        """Logits (batch, n, vocabulary) of alternative continuations; ids (batch, n), padded on the right.
+    def continuations(self, ids: np.ndarray, targets: np.ndarray) -> Tensor:
+        """Log-probabilities (batch, n) of `targets` after each token of alternative continuations.
 
-        All see the branch as it is; none is written.
+        ids and targets (batch, n), padded on the right. All see the branch as it is; none is written.
         """
         positions = self.next_position + np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
         memory = Prefill([self.memory.extent(self.snapshot), self.own])
-        return self._model.logits(self._model.read_batch(ids, np.ascontiguousarray(positions), memory))
+        hidden = self._model.read_batch(ids, np.ascontiguousarray(positions), memory)
+        wanted = torch.from_numpy(np.ascontiguousarray(targets)).to(hidden.device)
+        scores = [
+            self._log_probs(some, these)
+            for some, these in zip(
+                hidden.flatten(0, 1).split(LOGITS_AT_ONCE), wanted.flatten().split(LOGITS_AT_ONCE), strict=True
+            )
+        ]
+        return torch.cat(scores).view(ids.shape)
+
+    def _log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Of one target (n,) after each hidden state (n, hidden)."""
+        logits = self._model.logits(hidden)
+        return logits.gather(-1, targets.to(logits.device)[:, None])[:, 0] - logits.logsumexp(-1)
 
     def step(self) -> Place:
         """Take one more row for the token that the next decode step reads, and say where it stands."""
@@ -126,6 +142,7 @@ class Branch:
             num_frames=snapshot.num_frames,
             from_ns=snapshot.oldest_ns,
             until_ns=snapshot.newest_ns,
+            seconds=or_unset(snapshot.seconds),
             until_seq=snapshot.newest_seq,
             ts_kind=snapshot.ts_kind,
             fingerprint_before=self._fingerprint,

@@ -84,9 +84,8 @@ def _score(branch: Branch, first: Tensor, options: Sequence[Sequence[int]]) -> l
     targets = torch.from_numpy(ids).to(first.device)
     log_probs = first[targets[:, :1]]
     if longest > 1:
-        logits = branch.continuations(ids[:, :-1])  # (batch, longest - 1, vocabulary)
-        later = logits.gather(-1, targets[:, 1:, None])[..., 0] - logits.logsumexp(-1)
-        log_probs = torch.cat([log_probs, later], dim=1)
+        later = branch.continuations(ids[:, :-1], ids[:, 1:])
+        log_probs = torch.cat([log_probs, later.to(first.device)], dim=1)
     rows = log_probs.cpu().numpy()
     return [row[: len(option)] for row, option in zip(rows, options, strict=True)]
 

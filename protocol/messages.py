@@ -147,8 +147,9 @@ class Provenance(Message, frozen=True, kw_only=True):
 
     num_tokens: int
     num_frames: int
-    from_ns: int  # capture time of the oldest frame in the memory
-    until_ns: int  # capture time of the newest
+    from_ns: int  # time of the oldest frame in the memory, as its publisher wrote it
+    until_ns: int  # time of the newest; a file that starts over begins before it
+    seconds: float | UnsetType = UNSET  # between the two on the stream's own clock, which never runs backwards
     until_seq: int
     ts_kind: TimeKind
     fingerprint_before: str

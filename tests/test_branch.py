@@ -91,7 +91,7 @@ def test_only_the_branchs_own_rows_are_written(model: DirectedModel, stream: Str
     beyond = branch.own.arena.extent(branch.own.stop, branch.own.start + 64)
     assert are_equal(arena(stream), before) and are_equal(bits(other), untouched)
     after = bits(beyond)
-    branch.continuations(torch.randint(20, 300, (3, 9)).numpy())
+    branch.continuations(*torch.randint(20, 300, (2, 3, 9)).numpy())
     assert are_equal(bits(beyond), after) and are_equal(arena(stream), before)
     assert branch.num_own == len(span)
 
@@ -124,7 +124,7 @@ def test_provenance_proves_that_the_memory_is_as_it_was(model: DirectedModel, st
     proof = branch.provenance(branch.snapshot)
     assert proof.unchanged and proof.fingerprint_before == proof.fingerprint_after != ""
     assert (proof.num_frames, proof.until_seq) == (4, 3)
-    assert (proof.from_ns, proof.until_ns) == (7, 1_500_000_007)
+    assert (proof.from_ns, proof.until_ns, proof.seconds) == (7, 1_500_000_007, 1.5)
     assert proof.num_tokens == branch.snapshot.num_tokens and proof.ts_kind == "media"
 
 

@@ -192,9 +192,16 @@ def _print_facts(reply: Answer | Choice) -> None:
         _print_aside(f"note: {reply.notice}")
 
 
+def seconds_known(memory: Provenance) -> float:
+    """How long the stretch is that an answer knew, in stream time where the node tells it."""
+    if isinstance(memory.seconds, float):
+        return memory.seconds
+    return (memory.until_ns - memory.from_ns) / NS_PER_S
+
+
 def knowledge_text(memory: Provenance) -> str:
     """What an answer knew."""
-    span = seconds_text((memory.until_ns - memory.from_ns) / NS_PER_S)
+    span = seconds_text(seconds_known(memory))
     newest = time_text(memory.until_ns, memory.ts_kind)
     return f"knew {memory.num_frames} frames of {span}, the newest of {newest} ({memory.num_tokens} tokens)"
 

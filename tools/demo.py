@@ -28,14 +28,14 @@ from rich.text import Text
 from ..protocol.client import NodeClient
 from ..protocol.messages import Answer, Choice, Provenance, StreamStats
 from ..protocol.telemetry import TelemetrySubscriber
-from .ask import visible
+from .ask import seconds_known, visible
 from .commands import EXIT_FAILED
 from .connection import JsonOption
 from .link import LOSSLESS_IN_FLIGHT, Link
 from .node import require_node
 from .node_process import END_TIMEOUT_S, running_node
 from .playback import PlaybackOptions, Played, open_playbacks
-from .quantity import NS_PER_S, bytes_text, ms_text, reasons_text, seconds_text
+from .quantity import bytes_text, ms_text, reasons_text, seconds_text
 from .video import Selection, open_video
 from .watch import View
 
@@ -344,7 +344,7 @@ def _questions_table(report: Report) -> Table:
 
 
 def _knowledge_text(memory: Provenance) -> str:
-    span = seconds_text((memory.until_ns - memory.from_ns) / NS_PER_S)
+    span = seconds_text(seconds_known(memory))
     return f"{memory.num_frames} frames of {span}"
 
 
