@@ -12,7 +12,8 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -45,6 +46,14 @@ from .stream_intake import StreamIntake
 T = TypeVar("T")
 
 
+@dataclass(slots=True)
+class _Session:
+    """Pictures given to one stream since it was added, or since its last end."""
+
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    num_sent: int = 0
+
+
 class LocalNode:
     """Implements `protocol.interface.VideoMemory`. Nothing is lost: `process_frame` waits for the engine.
 
@@ -61,8 +70,7 @@ class LocalNode:
         self._engine: Engine = load_engine(model, device=device, dtype=dtype)
         self._limits = QuestionLimits.of(self._config.questions, self._engine.model)
         self._intakes: dict[str, StreamIntake] = {}
-        self._session = uuid.uuid4().hex
-        self._num_sent: dict[str, int] = {}
+        self._sessions: dict[str, _Session] = {}
         self._lock = threading.RLock()
 
     def __enter__(self) -> "LocalNode":
@@ -84,12 +92,12 @@ class LocalNode:
         self._wait(self._engine.add_stream(options))
         with self._lock:
             self._intakes[options.name] = StreamIntake(options)
-            self._num_sent[options.name] = 0
+            self._sessions[options.name] = _Session()
 
     def remove_stream(self, stream: str) -> None:
         self._wait(self._engine.remove_stream(stream))
         with self._lock:
-            del self._intakes[stream], self._num_sent[stream]
+            del self._intakes[stream], self._sessions[stream]
 
     def stream_names(self) -> list[str]:
         return self._engine.streams()
@@ -104,7 +112,7 @@ class LocalNode:
             raise ValueError(f"pixels must be uint8 (height, width, 3), got {pixels.dtype} {pixels.shape}")
         height, width, _ = pixels.shape
         header = FrameHeader(
-            session=self._session,
+            session=self._session(stream).name,
             stream=stream,
             ts=time.time_ns() if ts is None else ts,
             enc="rgb8",
@@ -127,11 +135,10 @@ class LocalNode:
         return [self.process_frame(stream, f, ts=t) for f, t in zip(frames, times, strict=True)][-1]
 
     def end_stream(self, stream: str) -> None:
-        header = FrameHeader(session=self._session, stream=stream, ts=time.time_ns(), eos=True)
-        self._send(stream, header, b"")
         with self._lock:
-            self._session = uuid.uuid4().hex  # pictures that come after an end begin anew
-            self._num_sent[stream] = 0
+            header = FrameHeader(session=self._session(stream).name, stream=stream, ts=time.time_ns(), eos=True)
+            self._send(stream, header, b"")
+            self._sessions[stream] = _Session()  # pictures that come after an end begin anew
 
     def wait_encoded(self, stream: str, seq: int, timeout_s: float | None = None) -> bool:
         newest = self.cache_info(stream).newest_seq
@@ -139,8 +146,8 @@ class LocalNode:
 
     def _send(self, stream: str, header: FrameHeader, payload: Any) -> int:
         with self._lock:
-            intake, seq = self._intake(stream), self._num_sent[stream]
-            self._num_sent[stream] = seq + 1
+            intake, session = self._intake(stream), self._session(stream)
+            seq, session.num_sent = session.num_sent, session.num_sent + 1
             intake.receive(ReceivedFrame(header, seq, payload))
             self._carry(intake)
         return seq
@@ -155,7 +162,7 @@ class LocalNode:
             intake.give_back(batch, [decode_timed(timed) for timed in batch.frames])
             while submitted := intake.submit(lambda chunk: self._engine.encode(intake.name, chunk)):
                 for chunk, future in submitted:
-                    future.exception(self._timeout_s)
+                    wait([future])  # the engine always ends what it was given, or refuses it when it stops
                     intake.settle(chunk, future, time.time_ns())
 
     def _intake(self, stream: str) -> StreamIntake:
@@ -164,6 +171,10 @@ class LocalNode:
                 details = {"streams": list(self._intakes)}
                 raise NodeError(ErrorCode.UNKNOWN_STREAM, f"there is no stream {stream!r}", details=details)
             return self._intakes[stream]
+
+    def _session(self, stream: str) -> "_Session":
+        self._intake(stream)
+        return self._sessions[stream]
 
     # Questions
 

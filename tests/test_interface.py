@@ -81,6 +81,19 @@ def test_an_odd_picture_becomes_memory_at_the_end_of_the_stream(memory, stream):
     assert (info.num_frames, info.num_padded_frames) == (3, 1)
 
 
+def test_the_end_of_one_stream_costs_another_nothing(memory, stream):
+    memory.add_stream(StreamSpec(stream="other", chunk_frames=2, memory_bytes=1 << 20))
+    try:
+        memory.wait_encoded("other", show(memory, "other", 10, 20), 10)
+        show(memory, stream, 10)
+        memory.end_stream(stream)
+        assert memory.wait_encoded("other", show(memory, "other", 30, 40), 10)
+        counters = next(stats.frames for stats in memory.streams() if stats.stream == "other")
+        assert (counters.received, counters.encoded, counters.dropped) == (4, 4, {})
+    finally:
+        memory.remove_stream("other")
+
+
 def test_bytes_are_tokens_times_bytes_per_token(memory, stream):
     memory.wait_encoded(stream, show(memory, stream, 10, 200), 10)
     info = memory.cache_info(stream)
