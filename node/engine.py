@@ -143,6 +143,7 @@ class Engine:
 
         What a device loads, compiles or reserves at its first use, it does now and not on the first frame.
         """
+        _use_device(self._model.device)
         side = 2 * self._model.geometry.factor
         pixels = np.zeros((side, side, 3), np.uint8)
         pictures = tuple(Picture(pixels, seq, 0, "media", 0) for seq in range(2))
@@ -280,6 +281,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            _use_device(self._model.device)
             while not self._is_closing.is_set():
                 self._progress = time.monotonic()
                 self._measure()
@@ -566,6 +568,12 @@ def load_engine(
     engine.warm_up()
     engine.start()
     return engine
+
+
+def _use_device(device: torch.device) -> None:
+    """Make a GPU the current one of this thread, for the calls that name none."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _growing(question: _Question) -> GrowingAnswer:

@@ -146,8 +146,8 @@ class VisionLanguageModel:
     @torch.inference_mode()
     def encode(self, frames: Sequence[np.ndarray], size: tuple[int, int], span: Span, memory: MemoryPass) -> StageTimes:
         """Pixels to memory: preprocess, vision tower, prefill. frames (height, width, 3), uint8."""
-        watch = _Stopwatch(self.device)
-        pixels = torch.from_numpy(np.stack(frames)).to(self.device, non_blocking=True)
+        watch = _Stopwatch({self.device, *self.kv_shape.layer_devices})
+        pixels = torch.from_numpy(np.stack(frames)).to(self.device)
         patches = to_patches(pixels, size, self.geometry)
         watch.lap()
         width, height = size
@@ -168,10 +168,11 @@ class VisionLanguageModel:
 
 
 class _Stopwatch:
-    """Laps on the device's own clock: CUDA events, or the host's clock on the CPU."""
+    """Laps on a GPU's own clock; on the CPU, or over several GPUs, on the host's with the devices waited for."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
+    def __init__(self, devices: set[torch.device]) -> None:
+        self._gpus = [device for device in devices if device.type == "cuda"]
+        self._has_events = len(self._gpus) == 1
         self._marks = [self._mark()]
 
     def lap(self) -> None:
@@ -179,16 +180,18 @@ class _Stopwatch:
 
     def laps_ms(self) -> list[float]:
         """Milliseconds of each lap; waits for the device."""
-        if self._on_cuda:
+        if self._has_events:
             self._marks[-1].synchronize()
             return [a.elapsed_time(b) for a, b in zip(self._marks, self._marks[1:], strict=False)]
         return [(b - a) * 1e3 for a, b in zip(self._marks, self._marks[1:], strict=False)]
 
     def _mark(self) -> Any:
-        if not self._on_cuda:
+        if not self._has_events:
+            for gpu in self._gpus:
+                torch.cuda.synchronize(gpu)
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._gpus[0]))
         return event
 
 
@@ -217,6 +220,8 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Visio
         output_loading_info=True,
     )
     model, loading = loaded
+    if num_meta := sum(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"{name} does not fit: accelerate would keep {num_meta} of its weights off the GPUs")
     if missing := sorted(loading["missing_keys"]):  # transformers would go on with random values
         raise OSError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -237,10 +242,11 @@ def _checkpoint(name: str) -> str:
     """Folder or hub id of a checkpoint. A path that is not there is not looked for on the hub."""
     if name == "builtin":
         return str(BUILTIN)
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    # A hub id is owner/name; anything else can only be a folder.
+    is_path = name.startswith((".", "/", "~")) or name.count("/") != 1
     folder = Path(name).expanduser()
     if is_path and not folder.is_dir():
-        raise FileNotFoundError(f"there is no checkpoint folder {name}")
+        raise FileNotFoundError(f'there is no checkpoint folder {name}; a model is a folder, owner/name, or "builtin"')
     return str(folder) if is_path else name
 
 

@@ -16,10 +16,13 @@ class VramMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._allocated = 0  # at the last reading
+        self._most_activations = 0
+        self._most_allocated = 0
         self._nvml_handle = _nvml_handle(device) if device.type == "cuda" else None
 
     def read(self, *, weights_bytes: int, kv_bytes: int) -> Vram:
-        """Measure now. Over several devices of one model, totals are those of the first."""
+        """Measure now. Of a model over several devices, weights and K/V are those of all, the rest of the first."""
         if self._device.type != "cuda":
             return Vram(device=str(self._device), weights_bytes=weights_bytes, kv_bytes=kv_bytes)
         free, total = torch.cuda.mem_get_info(self._device)
@@ -29,14 +32,27 @@ class VramMeter:
             device=f"{self._device} {torch.cuda.get_device_name(self._device)}",
             weights_bytes=weights_bytes,
             kv_bytes=kv_bytes,
-            activations_peak_bytes=max(0, peak - weights_bytes - kv_bytes),
+            activations_peak_bytes=self._activations_peak(allocated, peak),
             total_bytes=total,
             free_bytes=free,
             other_process_bytes=self._other_process_bytes(),
             torch_allocated_bytes=allocated,
             torch_reserved_bytes=stats["reserved_bytes.all.current"],
-            torch_peak_bytes=peak,
+            torch_peak_bytes=self._most_allocated,
         )
+
+    def _activations_peak(self, allocated: int, peak: int) -> int:
+        """The most that was in use for a while; what is in use now, between two turns, stays in use.
+
+        The device's peak is taken since the last reading, so that an arena which was freed meanwhile does not
+        count as activations for ever.
+        """
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._most_allocated = max(self._most_allocated, peak)
+        if allocated >= self._allocated:
+            self._most_activations = max(self._most_activations, peak - allocated)
+        self._allocated = allocated
+        return self._most_activations
 
     def _other_process_bytes(self) -> int | UnsetType:
         if self._nvml_handle is None:
