@@ -1,0 +1,68 @@
+"""The gate holds on what is right, and shuts on what is wrong."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from checkpoints import FAMILIES, Checkpoints
+
+from onlooker.node.arena import Arena
+from onlooker.node.layout import LAYOUTS, LayoutState, NativeLayout, Patches, Span
+from onlooker.node.memory import StreamMemory
+from onlooker.node.verify import Check, main, verify
+
+
+def missed(checks: list[Check]) -> set[str]:
+    return {check.promise for check in checks if not check.passed}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_promise_holds_for_every_family(checkpoints: Checkpoints, family: str):
+    checks = list(verify(checkpoints.model(family)))
+    assert len(checks) == 49
+    assert not missed(checks)
+
+
+class LateLayout(NativeLayout):
+    """Every chunk one position too late."""
+
+    def extend(self, state: LayoutState, patches: Patches) -> tuple[Span, LayoutState]:
+        span, after = super().extend(state, patches)
+        shift = 0 if state.is_empty else 1
+        return replace(span, positions=span.positions + shift), after
+
+
+def test_positions_that_are_one_off_are_found(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(LAYOUTS, "native", LateLayout)
+    assert {"chunks = one pass, logits", "chunks = one pass, K and V"} <= missed(
+        list(verify(checkpoints.model("qwen2_5_vl")))
+    )
+
+
+def test_a_question_that_writes_one_value_is_found(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
+    sound = StreamMemory.fingerprint
+
+    def touching(self: StreamMemory, snapshot) -> str:
+        self._arena.values[1][0, 0, 0] += 1e-6
+        return sound(self, snapshot)
+
+    monkeypatch.setattr(StreamMemory, "fingerprint", touching)
+    assert "no trace, K and V that differ" in missed(list(verify(checkpoints.model("qwen2_vl"))))
+
+
+def test_bytes_that_are_miscounted_are_found(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Arena, "logical_bytes", lambda self, num_tokens: 0)
+    assert missed(list(verify(checkpoints.model("qwen2_vl")))) == {"bytes = tokens x bytes per token = storage"}
+
+
+def test_a_value_that_is_no_number_does_not_pass():
+    assert not Check("a promise", "a model", "a case", float("nan"), 1e-5).passed
+
+
+def test_the_command_reports_as_json_and_by_its_status(checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]):
+    path = str(checkpoints.path("qwen2_vl"))
+    assert main(["--model", path, "--device", "cpu", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["passed"] and len(document["checks"]) == 49
+    assert main(["--model", path, "--device", "cpu", "--bound", "1e-12"]) == 1
+    assert "MISS" in capsys.readouterr().out
