@@ -15,9 +15,10 @@ from .options import StreamOptions
 from .outbox import Outbox
 from .tally import Tally
 
-# At its high-water mark a SUB keeps the oldest messages and loses the new ones. The sockets are drained all the
-# time, so the mark only has to be out of reach; the rings choose what to drop.
-FRAMES_HWM = 256
+# At its high-water mark a SUB reads no further, and its publisher keeps the oldest messages and loses the new ones.
+# The sockets are drained all the time, so a short queue is never full for long; the rings choose what to drop. Every
+# publisher may fill a queue of its own with the largest of messages.
+FRAMES_HWM = 16
 MAX_MESSAGES_PER_TURN = 64  # of one socket, so that a flood on it does not starve the others
 
 Secure = Callable[[zmq.Socket, Literal["bind", "connect"], StreamOptions | None], None]

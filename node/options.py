@@ -25,6 +25,7 @@ class StreamOptions:
     encode_size: tuple[int, int] | None = None  # width, height; wins over the pixel bounds
     memory_bytes: int = 1 << 30
     ring_frames: int = 64
+    ring_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
         if self.fps is not None and not self.fps > 0:
@@ -33,7 +34,7 @@ class StreamOptions:
             raise ValueError(f"chunk_frames must be one of {CHUNK_FRAMES}, got {self.chunk_frames}")
         if self.layout not in ("native", "turns"):
             raise ValueError(f"layout must be native or turns, got {self.layout!r}")
-        for field in ("stride", "memory_bytes", "ring_frames", "min_pixels", "max_pixels"):
+        for field in ("stride", "memory_bytes", "ring_frames", "ring_bytes", "min_pixels", "max_pixels"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field} must be at least 1, got {value}")

@@ -1,6 +1,5 @@
 """Frames that wait to be looked at, the newest of them: the oldest gives way."""
 
-import threading
 from collections import deque
 from typing import Generic, TypeVar
 
@@ -8,33 +7,46 @@ T = TypeVar("T")
 
 
 class FrameRing(Generic[T]):
-    """A queue that never blocks and never grows beyond `capacity`. Safe from any thread."""
+    """A queue that never blocks and never grows beyond `max_frames` or `max_bytes`. Its owner guards it."""
 
-    def __init__(self, capacity: int) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity must be at least 1, got {capacity}")
-        self.capacity = capacity
-        self._frames: deque[T] = deque()
-        self._lock = threading.Lock()
+    def __init__(self, max_frames: int, max_bytes: int) -> None:
+        if min(max_frames, max_bytes) < 1:
+            raise ValueError(f"a ring must have room, got {max_frames} frames and {max_bytes} bytes")
+        self.max_frames = max_frames
+        self.max_bytes = max_bytes
+        self._frames: deque[tuple[T, int]] = deque()
+        self._num_bytes = 0
 
     def __len__(self) -> int:
         return len(self._frames)
 
-    def push(self, frame: T) -> T | None:
-        """Append a frame; return the oldest if it had to give way."""
-        with self._lock:
-            dropped = self._frames.popleft() if len(self._frames) == self.capacity else None
-            self._frames.append(frame)
-            return dropped
+    @property
+    def num_bytes(self) -> int:
+        return self._num_bytes
+
+    def push(self, frame: T, num_bytes: int) -> list[T]:
+        """Append a frame; return those that had to give way, oldest first.
+
+        Raises ValueError for a frame that is larger than the whole ring.
+        """
+        if num_bytes > self.max_bytes:
+            raise ValueError(f"a frame of {num_bytes} bytes does not fit a ring of {self.max_bytes}")
+        given_way: list[T] = []
+        while len(self._frames) == self.max_frames or self._num_bytes + num_bytes > self.max_bytes:
+            given_way.append(self._popleft())
+        self._frames.append((frame, num_bytes))
+        self._num_bytes += num_bytes
+        return given_way
 
     def pop(self) -> T | None:
         """Take the oldest frame, or None if there is none."""
-        with self._lock:
-            return self._frames.popleft() if self._frames else None
+        return self._popleft() if self._frames else None
 
     def clear(self) -> list[T]:
         """Take all frames, oldest first."""
-        with self._lock:
-            frames = list(self._frames)
-            self._frames.clear()
-            return frames
+        return [self._popleft() for _ in range(len(self._frames))]
+
+    def _popleft(self) -> T:
+        frame, num_bytes = self._frames.popleft()
+        self._num_bytes -= num_bytes
+        return frame

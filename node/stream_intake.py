@@ -65,7 +65,7 @@ class StreamIntake:
     `settle` (the feeder's thread) carry them on to the engine. At every moment received = dropped + encoded +
     pending. The reasons of `dropped`, in the order of the path:
 
-    - `second_publisher`, `after_eos`, `duplicate`, `out_of_order`, `paused`, `ring_full`
+    - `second_publisher`, `after_eos`, `duplicate`, `out_of_order`, `paused`, `too_large` (for the ring), `ring_full`
     - `time_backwards`, `sampled_out` (the sampler did not keep it)
     - `decode_error`, `too_large`, `bad_size`, `unsupported_encoding`
     - `memory_full`, `out_of_memory`, `encode_error`, `removed`, and `reset`
@@ -85,7 +85,7 @@ class StreamIntake:
         self._lock = threading.Lock()
 
         self._gate = SessionGate(takeover_s)
-        self._ring: FrameRing[ReceivedFrame] = FrameRing(options.ring_frames)
+        self._ring: FrameRing[ReceivedFrame] = FrameRing(options.ring_frames, options.ring_bytes)
         self._clock = StreamClock()
         self._sampler = FrameSampler(options.fps, options.stride)
         self._chunker = FrameChunker(options.chunk_frames)
@@ -139,18 +139,18 @@ class StreamIntake:
         self._offline_after_s = max(OFFLINE_AFTER_S, 3 * interval_s)
         if self._is_paused:
             self._drop("paused")
+        elif len(frame.payload) > self._ring.max_bytes:
+            self._drop("too_large")
         else:
             self._push(frame)
 
     def _push(self, frame: ReceivedFrame) -> None:
-        oldest = self._ring.push(frame)
-        if oldest is None:
-            return
-        if oldest.header.eos:
-            self._ends_in_ring -= 1
-            self._end_is_due = True
-        else:
-            self._drop("ring_full")
+        for oldest in self._ring.push(frame, len(frame.payload)):
+            if oldest.header.eos:
+                self._ends_in_ring -= 1
+                self._end_is_due = True
+            else:
+                self._drop("ring_full")
 
     def take(self, max_frames: int, is_full: Callable[[], bool]) -> Batch | None:
         """Take what should be decoded next, at most `max_frames` and never beyond a chunk; None if nothing.

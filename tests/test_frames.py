@@ -47,10 +47,12 @@ def message(seq: int, stream: str = "front", payload: bytes = b"jpeg", **fields)
 class Camera:
     """A bare PUB, so that it can also send what no publisher would."""
 
-    def __init__(self, context: zmq.Context, *, connect: str | None = None, bind: str | None = None) -> None:
+    def __init__(
+        self, context: zmq.Context, *, connect: str | None = None, bind: str | None = None, hwm: int = 10_000
+    ) -> None:
         self.socket = context.socket(zmq.XPUB)
         self.socket.set(zmq.LINGER, 0)
-        self.socket.set(zmq.SNDHWM, 10_000)
+        self.socket.set(zmq.SNDHWM, hwm)
         if bind is not None:
             self.socket.bind(bind)
         if connect is not None:
@@ -96,6 +98,24 @@ def test_frames_of_a_camera_that_connects_arrive_whole_and_in_order(camera: Came
     camera.send(*[message(seq, payload=bytes([seq]) * 100_000) for seq in range(50)])
     until(lambda: receiver.seqs() == list(range(50)))
     assert [bytes(frame.payload) == bytes([seq]) * 100_000 for seq, frame in enumerate(receiver.frames)] == [True] * 50
+
+
+def test_a_camera_cannot_fill_the_memory_while_nobody_reads(context: zmq.Context):
+    may_go_on = threading.Event()
+    subscriber = FrameSubscriber(lambda _: may_go_on.wait(20), context=context, bind=TCP)
+    subscriber.start()
+    num_sent = 0
+    with Camera(context, connect=subscriber.bound_endpoint, hwm=1) as camera:
+        camera.wait_for_subscriber()
+        camera.socket.set(zmq.XPUB_NODROP, 1)
+        camera.socket.set(zmq.SNDTIMEO, 200)
+        with pytest.raises(zmq.Again):
+            while num_sent < 200:
+                camera.send(message(num_sent, payload=bytes(1 << 20)))
+                num_sent += 1
+    may_go_on.set()
+    subscriber.close()
+    assert num_sent < 64  # the kernel's buffers hold some as well
 
 
 def test_the_wildcard_port_is_resolved(subscriber: FrameSubscriber):

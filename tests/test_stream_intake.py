@@ -49,11 +49,11 @@ class Bench:
     def __post_init__(self) -> None:
         self.intake = StreamIntake(self.options, max_in_flight=self.max_in_flight, now=lambda: self.now)
 
-    def send(self, num: int = 1, *, eos: bool = False, step_ms: int = 40, **fields) -> None:
+    def send(self, num: int = 1, *, eos: bool = False, step_ms: int = 40, payload: bytes = b"x", **fields) -> None:
         for _ in range(num):
             enc = "" if eos else "jpeg"
             header = FrameHeader(session=self.session, stream="front", ts=self.ts, enc=enc, eos=eos, **fields)
-            self.intake.receive(ReceivedFrame(header, self.seq, b"x"))
+            self.intake.receive(ReceivedFrame(header, self.seq, b"" if eos else payload))
             self.seq += 1
             self.ts += step_ms * MS
 
@@ -104,9 +104,8 @@ class Bench:
         return self.intake.stats(CACHE)
 
 
-def bench(max_in_flight: int = 2, *, chunk_frames: int = 2, ring_frames: int = 8, stride: int = 1) -> Bench:
-    options = StreamOptions(name="front", chunk_frames=chunk_frames, ring_frames=ring_frames, stride=stride)
-    return Bench(options, max_in_flight)
+def bench(max_in_flight: int = 2, **options) -> Bench:
+    return Bench(StreamOptions(**{"name": "front", "chunk_frames": 2, "ring_frames": 8} | options), max_in_flight)
 
 
 def accounted(counters: FrameCounters) -> int:
@@ -127,6 +126,23 @@ def test_a_ring_that_is_full_drops_the_oldest():
     front.send(7)
     assert front.counters.dropped == {"ring_full": 3}
     assert front.run() == [[3, 4], [5, 6]]
+
+
+def test_a_ring_that_is_full_of_bytes_drops_the_oldest():
+    front = bench(ring_bytes=10)
+    front.send(2, payload=bytes(3))
+    front.send(payload=bytes(7))
+    front.send(payload=bytes(3))
+    assert front.counters.dropped == {"ring_full": 2}
+    assert front.run() == [[2, 3]]
+
+
+def test_a_frame_larger_than_the_ring_is_too_large_and_costs_no_other():
+    front = bench(ring_bytes=10)
+    front.send(payload=bytes(10))
+    front.send(payload=bytes(11))
+    assert front.counters.dropped == {"too_large": 1}
+    assert front.counters.pending == 1
 
 
 def test_a_publisher_with_less_than_a_ring_in_flight_loses_nothing():
@@ -425,14 +441,15 @@ def test_a_lag_is_only_told_for_capture_times(ts_kind):
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from([1, 2, 4, 6, 8]), st.integers(1, 6), st.integers(1, 3), st.data())
 def test_every_frame_is_dropped_encoded_or_pending_at_every_moment(chunk_frames, ring_frames, stride, data):
-    front = bench(chunk_frames=chunk_frames, ring_frames=ring_frames, stride=stride, max_in_flight=2)
+    front = bench(chunk_frames=chunk_frames, ring_frames=ring_frames, stride=stride, ring_bytes=100)
     actions = ("send", "send", "send", "jump", "eos", "session", "take", "take", "give", "submit", "settle")
     rare = ("pause", "resume", "reset", "broken", "refuse", "wait", "full")
     batch: Batch | None = None
     for action in data.draw(st.lists(st.sampled_from(actions + actions + rare), max_size=80)):
         match action:
             case "send" | "eos":
-                front.send(data.draw(st.integers(1, 4)) if action == "send" else 1, eos=action == "eos")
+                num, payload = data.draw(st.tuples(st.integers(1, 4), st.sampled_from([b"x", bytes(60), bytes(101)])))
+                front.send(num if action == "send" else 1, eos=action == "eos", payload=payload)
             case "jump":
                 front.seq = max(0, front.seq + data.draw(st.integers(-4, 4)))
                 front.ts = max(0, front.ts + data.draw(st.integers(-200, 200)) * MS)
