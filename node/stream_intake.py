@@ -92,7 +92,7 @@ class StreamIntake:
         self._ready: deque[Chunk] = deque()
         self._epoch = 0
         self._is_paused = False
-        self._is_full = False  # whether the last chunk was refused for want of room
+        self._may_be_full = False  # the last chunk was refused for want of room: ask before the next is decoded
         self._ends_in_ring = 0
         self._end_is_due = False  # the ring let go of an end of stream, everything before it is through
 
@@ -169,7 +169,7 @@ class StreamIntake:
     def _take(self, num_wanted: int, is_full: Callable[[], bool]) -> Batch | None:
         frames: list[TimedFrame] = []
         ends_session = False
-        has_no_room = self._is_full and is_full()
+        has_no_room = self._may_be_full and is_full()
         while len(frames) < num_wanted and not ends_session:
             frame = self._ring.pop()
             if frame is None:
@@ -238,7 +238,7 @@ class StreamIntake:
         with self._lock:
             self._chunks_in_flight -= 1
             self._num_in_flight -= chunk.num_frames
-            self._is_full = reason == "memory_full"
+            self._may_be_full = reason == "memory_full"
             if reason is not None:
                 self._drop(reason, num=chunk.num_frames)
             else:
@@ -282,7 +282,7 @@ class StreamIntake:
             self._ends_in_ring = self._num_decoding = 0
             self._drop("reset", num=num_waiting)
             self._epoch += 1
-            self._is_full = False
+            self._may_be_full = False
             self._clock = StreamClock()
             self._sampler = FrameSampler(self.options.fps, self.options.stride)
             return reset_engine()
@@ -318,7 +318,7 @@ class StreamIntake:
             return StreamStats(
                 ts=time.time_ns(),
                 stream=self.name,
-                state=self._state(now, is_full=cache.full or self._is_full),
+                state=self._state(now, is_full=cache.full),
                 layout=self.options.layout,
                 chunk_frames=self.options.chunk_frames,
                 received_size=self._received_size,

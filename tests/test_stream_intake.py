@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msgspec import UNSET
+from msgspec import UNSET, structs
 
 from onlooker.node.chunk import Chunk, ChunkRefused, Encoded
 from onlooker.node.options import StreamOptions
@@ -353,7 +353,14 @@ def test_a_refused_chunk_is_dropped_for_the_engines_reason(reason):
     front.submit()
     front.settle(ChunkRefused(reason, ""))
     assert (front.counters.dropped, front.counters.encoded) == ({reason: 2}, 0)
-    assert front.stats.state == ("full" if reason == "memory_full" else "online")
+    assert front.stats.state == "online"  # one chunk that does not fit says nothing of the memory
+
+
+def test_a_stream_is_full_while_its_memory_says_so():
+    front = bench()
+    front.send()
+    full = structs.replace(CACHE, full=True)
+    assert [front.intake.stats(cache).state for cache in (CACHE, full, CACHE)] == ["online", "full", "online"]
 
 
 def test_an_engine_that_breaks_costs_the_chunk_alone():
