@@ -81,22 +81,27 @@ class GrowingAnswer:
     def result(self) -> Answer:
         """The finished answer, with the proof taken now."""
         assert self.finish is not None
-        ended = time.monotonic()
         return Answer(
             text=self._text.text,
             finish=self.finish,  # type: ignore[arg-type]
             num_prompt_tokens=self._num_prompt_tokens,
             num_answer_tokens=len(self._ids),
             memory=self.branch.provenance(self.snapshot),
-            timing=AnswerTiming(
-                queue_ms=(self._started - self._arrived) * 1e3,
-                prefill_ms=(self._first_token - self._started) * 1e3,
-                first_token_ms=(self._first_token - self._arrived) * 1e3,
-                decode_ms=(ended - self._first_token) * 1e3,
-                total_ms=(ended - self._arrived) * 1e3,
-            ),
+            timing=timed(self._arrived, self._started, self._first_token),
             notice=self._model.notice or UNSET,
         )
+
+
+def timed(arrived: float, started: float, first_token: float) -> AnswerTiming:
+    """Where the time of a question went that ends now; all in `time.monotonic()` seconds."""
+    ended = time.monotonic()
+    return AnswerTiming(
+        queue_ms=(started - arrived) * 1e3,
+        prefill_ms=(first_token - started) * 1e3,
+        first_token_ms=(first_token - arrived) * 1e3,
+        decode_ms=(ended - first_token) * 1e3,
+        total_ms=(ended - arrived) * 1e3,
+    )
 
 
 def decode(model: VisionLanguageModel, answers: Sequence[GrowingAnswer]) -> Tensor:

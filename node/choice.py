@@ -8,7 +8,8 @@ import torch
 from msgspec import UNSET
 from torch import Tensor
 
-from ..protocol.messages import AnswerTiming, AskChoice, Choice, OptionScore
+from ..protocol.messages import AskChoice, Choice, OptionScore
+from .answer import timed
 from .branch import Branch
 from .layout import LayoutState
 from .model import VisionLanguageModel
@@ -35,7 +36,6 @@ def choose(model: VisionLanguageModel, branch: Branch, request: AskChoice, *, ar
     scores = _scores(request, seen, unseen)
     ranked = np.array([getattr(score, request.rank_by) for score in scores])
     best, *rest = np.argsort(-ranked, kind="stable").tolist()
-    ended = time.monotonic()
     return Choice(
         index=best,
         option=request.options[best],
@@ -43,13 +43,7 @@ def choose(model: VisionLanguageModel, branch: Branch, request: AskChoice, *, ar
         rank_by=request.rank_by,
         scores=scores,
         memory=branch.provenance(snapshot),
-        timing=AnswerTiming(
-            queue_ms=(started - arrived) * 1e3,
-            prefill_ms=(first_token - started) * 1e3,
-            first_token_ms=(first_token - arrived) * 1e3,
-            decode_ms=(ended - first_token) * 1e3,
-            total_ms=(ended - arrived) * 1e3,
-        ),
+        timing=timed(arrived, started, first_token),
         notice=model.notice or UNSET,
     )
 
