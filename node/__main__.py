@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from ..protocol.errors import OnlookerError
 from .config import ConfigError, NodeConfig, load, parse_setting
 from .engine_protocol import EngineProtocol
 from .logs import configure
@@ -77,7 +78,8 @@ def _run(node: Node, config: NodeConfig, load_engine: LoadEngine, signals: Signa
 def _loaded(config: NodeConfig, load_engine: LoadEngine) -> ClosableEngine:
     try:
         return load_engine(config)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:  # of files, the device, or a missing package
+    except (OnlookerError, OSError, ValueError, ImportError, RuntimeError) as error:
+        # Of the model, files, the device, or a missing package.
         logger.debug("where loading failed", exc_info=error)
         raise StartError(f"model: {config.model} cannot be loaded: {error}") from error
 

@@ -1,7 +1,7 @@
 """A node process around a FakeEngine: `python fake_node.py WORD_S LOAD_S CLOSE_S [flags of onlooker.node]`.
 
 Its model takes LOAD_S seconds to load and CLOSE_S to end, its answers WORD_S a word, and every stream has seen
-one chunk. A model named `broken` cannot be loaded.
+one chunk. A model named `broken` cannot be loaded, and one named `small` has no room for its scratch.
 """
 
 import sys
@@ -14,6 +14,7 @@ from nodes import remember
 from onlooker.node.__main__ import leave, main
 from onlooker.node.config import NodeConfig
 from onlooker.node.options import StreamOptions
+from onlooker.protocol.errors import ErrorCode, NodeError
 
 WORD_S, LOAD_S, CLOSE_S = map(float, sys.argv[1:4])
 
@@ -34,6 +35,8 @@ class SeenEngine(FakeEngine):
 def load_engine(config: NodeConfig) -> SeenEngine:
     if config.model == "broken":
         raise OSError("there is no such checkpoint")
+    if config.model == "small":
+        raise NodeError(ErrorCode.OUT_OF_MEMORY, "there is no room for its scratch")
     time.sleep(LOAD_S)
     return SeenEngine(word_s=WORD_S)
 

@@ -231,10 +231,13 @@ def test_a_port_that_is_taken_is_named():
             assert "Traceback" not in node.log()
 
 
-def test_a_model_that_cannot_be_loaded_is_named():
-    with node_process(*PORTS, "--model", "broken") as node:
+@pytest.mark.parametrize(
+    ("model", "reason"), [("broken", "there is no such checkpoint"), ("small", "OUT_OF_MEMORY: there is no room")]
+)
+def test_a_model_that_cannot_be_loaded_is_named(model: str, reason: str):
+    with node_process(*PORTS, "--model", model) as node:
         assert node.process.wait(10) == 1
-        assert "model: broken cannot be loaded: there is no such checkpoint" in node.log()
+        assert f"model: {model} cannot be loaded: {reason}" in node.log()
         assert "Traceback" not in node.log()
 
 
