@@ -47,6 +47,7 @@ from .options import StreamOptions
 ENV_PREFIX = "ONLOOKER_"
 MAX_IPC_PATH_BYTES = 107  # sockaddr_un
 MAX_NAME_CHARS = 64
+MIN_SCRATCH_TOKENS = 64  # the words around a question, and some of an answer
 
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):(?P<port>\*|[0-9]{1,5})")
 
@@ -159,7 +160,14 @@ class Questions(_Section):
     max_new_tokens: Count = 1024
     max_question_chars: Count = 8192
     max_options: Annotated[Count, Field(ge=2)] = 32
-    scratch_tokens: Count = 2048
+    scratch_tokens: Annotated[Count, Field(ge=MIN_SCRATCH_TOKENS)] = 2048
+
+
+class StreamLimits(_Section):
+    """What all streams may take together."""
+
+    max_streams: Count = 16
+    max_memory_bytes: Annotated[ByteSize, Field(ge=1)] | None = None
 
 
 class StreamDefaults(_Section):
@@ -214,6 +222,7 @@ class NodeConfig(BaseSettings):
     endpoints: Endpoints = Endpoints()
     security: Security = Security()
     questions: Questions = Questions()
+    limits: StreamLimits = StreamLimits()
     stream_defaults: StreamDefaults = StreamDefaults()
     telemetry: Telemetry = Telemetry()
     log: Log = Log()
@@ -234,6 +243,7 @@ class NodeConfig(BaseSettings):
     @model_validator(mode="after")
     def _check(self) -> "NodeConfig":
         self._check_exposure()
+        self._check_camera_key(self.stream_defaults.camera_key, "stream_defaults.camera_key")
         names = [stream.name for stream in self.streams]
         for index, stream in enumerate(self.streams):
             try:
@@ -256,6 +266,17 @@ class NodeConfig(BaseSettings):
             raise ValueError("another stream has this name")
         self.stream_options(stream)
 
+    def _check_camera_key(self, key: Path | None, name: str) -> None:
+        if key is not None and self.security.curve != "required":
+            # Without curve the link to the camera would be open, and the key a promise that nobody keeps.
+            raise ValueError(f'{name}: a camera is known by its key only when security.curve = "required"')
+
+    def camera_keys(self) -> dict[str, Path]:
+        """The key files of cameras, by the setting that names them."""
+        keys = {"stream_defaults.camera_key": self.stream_defaults.camera_key}
+        keys |= {f"streams[{i}] ({s.name}).camera_key": s.camera_key for i, s in enumerate(self.streams)}
+        return {name: key for name, key in keys.items() if key is not None}
+
     def exposed_endpoints(self) -> dict[str, str]:
         """The endpoints that other machines can reach, by socket."""
         return {name: e for name, e in self.endpoints.model_dump().items() if not is_loopback(e)}
@@ -265,26 +286,32 @@ class NodeConfig(BaseSettings):
         return self._options(stream.model_dump(exclude_unset=True))
 
     def spec_options(self, spec: StreamSpec) -> StreamOptions:
-        """The settings of a stream asked for over the wire. Raises NodeError BAD_REQUEST naming the field."""
+        """The settings of a stream asked for over the wire. Raises NodeError BAD_REQUEST naming the field.
+
+        Its camera is one of tcp://: an ipc:// endpoint names a file, which is the operator's alone to do.
+        """
         asked = {name: getattr(spec, name) for name in spec.__struct_fields__ if name != "stream"}
         values: dict[str, Any] = {name: value for name, value in asked.items() if value is not UNSET}
         values["name"] = spec.stream
         try:
+            _check_wire_peer(values.get("connect"))
             values |= _encode_size(values.pop("encode_width", None), values.pop("encode_height", None))
             return self._options(Stream.model_validate(values).model_dump(exclude_unset=True))
         except ValidationError as error:
             message = "; ".join(_problem(Stream, detail) for detail in error.errors())
             field = str((error.errors()[0]["loc"] or ("",))[0])
-            raise NodeError(ErrorCode.BAD_REQUEST, message, details={"path": f"$.{field}"}) from error
+            raise NodeError(ErrorCode.BAD_REQUEST, message, details={"path": f"$.data.{field}"}) from error
         except ValueError as error:
             raise NodeError(ErrorCode.BAD_REQUEST, str(error)) from error
 
     def _options(self, values: Mapping[str, Any]) -> StreamOptions:
         merged = {**self.stream_defaults.model_dump(), **values}
         key = merged["camera_key"]
+        self._check_camera_key(key, "camera_key")
         if merged.get("connect") and self.security.curve == "required" and key is None:
             raise ValueError('camera_key: connecting to a camera needs its key when curve = "required"')
         merged["camera_key"] = None if key is None else str(key)
+        merged["memory_bytes"] = int(merged["memory_bytes"])  # a plain number, which messages can hold
         return StreamOptions(**merged)
 
 
@@ -367,6 +394,11 @@ def _add_streams(values: dict[str, Any], names: Iterable[str]) -> None:
     added = [{"name": name} for name in dict.fromkeys(names) if name not in known]
     if added:
         values["streams"] = [*configured, *added]
+
+
+def _check_wire_peer(endpoint: str | None) -> None:
+    if endpoint is not None and not endpoint.startswith("tcp://"):
+        raise ValueError(f"connect: must be tcp://host:port over the wire, got {endpoint!r}")
 
 
 def _encode_size(width: int | None, height: int | None) -> dict[str, tuple[int, int]]:

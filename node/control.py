@@ -1,6 +1,6 @@
 """The endpoints of the control socket: what is watched, forgotten, named and ended."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import Any
 
@@ -132,6 +132,17 @@ class Control:
 
     def add_stream(self, options: StreamOptions) -> Steps[Empty]:
         """Reserve a stream's memory, then take in its frames; all or nothing."""
+        allotment = self._state.allotment
+        allotment.take(options)
+        try:
+            yield from self._begin_stream(options)
+        except BaseException:
+            allotment.give_back(options.name)
+            raise
+        self._announce("stream_added", "the stream is remembered from now on", stream=options.name)
+        return Empty()
+
+    def _begin_stream(self, options: StreamOptions) -> Generator[Future[Any], Any, None]:
         engine, intake = self._state.engine, self._state.intake
         yield engine.add_stream(options)
         try:
@@ -139,13 +150,12 @@ class Control:
         except NodeError:
             yield engine.remove_stream(options.name)
             raise
-        self._announce("stream_added", "the stream is remembered from now on", stream=options.name)
-        return Empty()
 
     def remove_stream(self, stream: str) -> Steps[Empty]:
         """Take in no more frames of a stream, then free its memory."""
         self._state.intake.remove_stream(stream)
         yield self._state.engine.remove_stream(stream)
+        self._state.allotment.give_back(stream)
         self._announce("stream_removed", "the stream and its memory are gone", stream=stream)
         return Empty()
 

@@ -61,7 +61,7 @@ class Node:
         self._should_stop = threading.Event()
         self._open = ExitStack()  # closes what is open, the last first
         self._state = NodeState(config)
-        self._security = Security(config.security)
+        self._security = Security(config.security, config.camera_keys())
 
     def __enter__(self) -> "Node":
         self.start()

@@ -7,7 +7,7 @@ clients. It fails closed: without the keys, or without the authenticator, nobody
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -82,8 +82,8 @@ class ClientKeys:
 class Security:
     """Secures the sockets of one ZeroMQ context; does nothing while curve is off."""
 
-    def __init__(self, settings: SecuritySettings) -> None:
-        """Raises ConfigError for keys that cannot be read."""
+    def __init__(self, settings: SecuritySettings, camera_keys: Mapping[str, Path] | None = None) -> None:
+        """`camera_keys` are the files of cameras by setting. Raises ConfigError for keys that cannot be read."""
         self._pair: KeyPair | None = None
         self._clients: ClientKeys | None = None
         self._authenticator: ThreadAuthenticator | None = None
@@ -92,6 +92,8 @@ class Security:
         assert settings.server_key is not None and settings.client_keys is not None  # the config's promise
         self._pair = _read("security.server_key", load_keypair, settings.server_key)
         self._clients = _read("security.client_keys", ClientKeys, settings.client_keys)
+        for name, path in (camera_keys or {}).items():
+            _read(name, load_public, path)
         if not self._clients:
             logger.warning("no client can connect: %s holds no %s files", settings.client_keys, KEY_FILES)
 

@@ -13,6 +13,7 @@ from msgspec import UNSET, UnsetType
 
 from ..protocol.errors import ErrorCode, NodeError
 from ..protocol.messages import Hello, NodeStats, Pong, StreamStats
+from .allotment import Allotment, default_memory_bytes
 from .config import Endpoints, NodeConfig
 from .engine_protocol import EngineProtocol, ModelInfo
 from .intake import Intake
@@ -34,9 +35,15 @@ class NodeState:
         self._started = time.monotonic()
         self._engine: EngineProtocol | None = None
         self._intake: Intake | None = None
+        self._allotment: Allotment | None = None
 
     def attach(self, engine: EngineProtocol, intake: Intake) -> None:
         """From now on the node has a model, and cameras."""
+        limits = self.config.limits
+        allowed = limits.max_memory_bytes
+        # int: the settings' own type is none of a message's.
+        max_memory_bytes = default_memory_bytes(engine.model.device) if allowed is None else int(allowed)
+        self._allotment = Allotment(limits.max_streams, max_memory_bytes)
         self._intake = intake
         self._engine = engine
 
@@ -62,6 +69,13 @@ class NodeState:
         if self._intake is None:
             raise NodeError(ErrorCode.NOT_READY, "the model is being loaded", retry_after_ms=1000)
         return self._intake
+
+    @property
+    def allotment(self) -> Allotment:
+        """What the streams may take. Raises NodeError NOT_READY while the model is loaded."""
+        if self._allotment is None:
+            raise NodeError(ErrorCode.NOT_READY, "the model is being loaded", retry_after_ms=1000)
+        return self._allotment
 
     @property
     def ready_engine(self) -> EngineProtocol:

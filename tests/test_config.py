@@ -72,7 +72,10 @@ def test_what_is_commented_out_in_the_shipped_file_would_work(tmp_path: Path):
         ("questions.max_waiting = true", "questions.max_waiting: must be a number, not true or false, got True"),
         ("questions.default_deadline_s = -1", "questions.default_deadline_s: input should be greater than 0"),
         ("questions.default_deadline_s = nan", "questions.default_deadline_s: "),
+        ("questions.scratch_tokens = 63", "questions.scratch_tokens: input should be greater than or equal to 64"),
         ("questions = 3", "questions: "),
+        ("limits.max_streams = 0", "limits.max_streams: input should be greater than or equal to 1, got 0"),
+        ("limits.max_memory_bytes = 'much'", "limits.max_memory_bytes: "),
         ("dtype = 'float64'", "dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16', got 'float64'"),
         ("device = 'tpu'", "device: must be auto, cpu, cuda, cuda:N or balanced, got 'tpu'"),
         ("name = 'a b'", "name: "),
@@ -172,6 +175,8 @@ def test_the_defaults_of_streams_are_the_same_everywhere():
     [
         (StreamSpec(stream="a", chunk_frames=3), "chunk_frames: must be one of"),
         (StreamSpec(stream="a", connect="camera"), "connect: must be tcp://host:port"),
+        (StreamSpec(stream="a", connect="ipc:///run/secret"), "connect: must be tcp://host:port over the wire"),
+        (StreamSpec(stream="a", connect="ipc://@abstract"), "connect: must be tcp://host:port over the wire"),
         (StreamSpec(stream="a", encode_height=3), "encode_width and encode_height go together"),
         (StreamSpec(stream="a", min_pixels=5, max_pixels=4), "min_pixels 5 is above max_pixels 4"),
     ],
@@ -180,6 +185,23 @@ def test_a_stream_asked_for_over_the_wire_is_checked(spec: StreamSpec, message: 
     with pytest.raises(NodeError, match=message) as caught:
         load().spec_options(spec)
     assert caught.value.code == "BAD_REQUEST"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"stream_defaults.camera_key": "a.key"},
+        {"streams": [{"name": "a", "connect": "tcp://10.0.0.5:5555", "camera_key": "a.key"}]},
+    ],
+)
+def test_without_curve_a_key_of_a_camera_is_refused_and_not_passed_over(settings: dict[str, object]):
+    with pytest.raises(ConfigError, match=r'camera_key: .* only when security.curve = "required"'):
+        load(None, settings)
+
+
+def test_the_operator_may_name_a_camera_of_this_machine():
+    config = load(None, {"streams": [{"name": "a", "connect": "ipc:///run/camera"}]})
+    assert config.stream_options(config.streams[0]).connect == "ipc:///run/camera"
 
 
 def test_with_curve_a_camera_is_connected_only_by_its_key():

@@ -176,6 +176,7 @@ def test_a_stream_is_added_and_removed_at_run_time(engine: FakeEngine, node: Nod
         ({"stream": "s", "memory_bytes": 0}, "memory_bytes"),
         ({"stream": "s", "connect": "http://camera"}, "connect"),
         ({"stream": "s", "connect": "tcp://127.0.0.1:*"}, "connect"),
+        ({"stream": "s", "connect": "ipc:///run/secret"}, "connect"),
         ({"stream": "s", "connect": "ipc://" + "x" * 200}, "connect"),
     ],
 )
@@ -191,6 +192,31 @@ def test_a_stream_that_cannot_work_is_refused_by_the_name_of_the_field(
 def test_a_stream_whose_camera_cannot_be_connected_leaves_nothing_behind(engine: FakeEngine, client: RawClient):
     error = client.error("stream_add", {"stream": "s", "connect": "tcp://no-such-interface;127.0.0.1:5:5"})
     assert error["code"] == "BAD_REQUEST"
+    assert engine.streams() == ["front"]
+
+
+def test_streams_are_added_until_their_number_is_reached(engine: FakeEngine):
+    with running_node(engine, limits__max_streams=2) as node, RawClient(node.endpoints["control"]) as client:
+        client.ok("stream_add", {"stream": "b"})
+        error = client.error("stream_add", {"stream": "c"})
+        assert (error["code"], error["details"]) == ("TOO_LARGE", {"max_streams": 2})
+        client.ok("stream_remove", {"stream": "b"})
+        client.ok("stream_add", {"stream": "c"})
+        assert sorted(engine.streams()) == ["c", "front"]
+
+
+def test_streams_are_added_until_their_memory_is_taken(engine: FakeEngine):
+    limits = {"limits__max_memory_bytes": "3MiB", "stream_defaults__memory_bytes": "2MiB"}
+    with running_node(engine, **limits) as node, RawClient(node.endpoints["control"]) as client:
+        error = client.error("stream_add", {"stream": "b"})
+        assert (error["code"], error["details"]["taken_bytes"]) == ("OUT_OF_MEMORY", 2 << 20)
+        # One that could not be added gives its share back.
+        assert client.error("stream_add", {"stream": "b", "connect": "tcp://*:5", "memory_bytes": 1 << 20})
+        client.ok("stream_add", {"stream": "b", "memory_bytes": 1 << 20})
+
+
+def test_on_the_cpu_a_stream_larger_than_the_machine_is_refused(engine: FakeEngine, client: RawClient):
+    assert client.error("stream_add", {"stream": "s", "memory_bytes": 1 << 60})["code"] == "TOO_LARGE"
     assert engine.streams() == ["front"]
 
 

@@ -196,6 +196,21 @@ def test_without_its_keys_a_node_does_not_start(keys: Keys, change: dict[str, An
         pass
 
 
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"stream_defaults__camera_key": "nowhere"}, r"stream_defaults\.camera_key: .*No such file"),
+        (
+            {"streams": [{"name": "front", "connect": "tcp://127.0.0.1:9", "camera_key": "nowhere"}]},
+            r"streams\[0\] \(front\)\.camera_key: .*No such file",
+        ),
+    ],
+)
+def test_without_the_key_of_a_camera_a_node_does_not_start(keys: Keys, settings: dict[str, Any], problem: str):
+    with pytest.raises(ConfigError, match=problem), running_node(None, **keys.settings, **settings):
+        pass
+
+
 def test_a_key_file_without_a_key_is_named(keys: Keys):
     (keys.folder / "broken.key").write_text("no key")
     with pytest.raises(ConfigError, match=r"security\.client_keys: .*broken\.key"), running_node(None, **keys.settings):
