@@ -4,31 +4,71 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
+from ..protocol.codec import Buffer
 from ..protocol.errors import NodeError
+from ..protocol.messages import FrameHeader
 from .chunk import Chunk, Encoded
 from .engine_protocol import EngineProtocol
 from .picture_decoder import PictureError, decode_picture, silence_opencv
 from .stream_intake import Batch, Decoded, StreamIntake, TimedFrame
 
 CLOSE_TIMEOUT_S = 1.0
+MAX_DECODING_BYTES = 256 << 20
+
+Decode = Callable[[FrameHeader, Buffer], np.ndarray]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoding:
+    """A batch whose pictures are being decoded in lanes: the n-th frame in lane n modulo the number of lanes."""
+
+    intake: StreamIntake
+    batch: Batch
+    lanes: tuple[Future[list[Decoded]], ...]
+
+    @property
+    def is_done(self) -> bool:
+        return all(lane.done() for lane in self.lanes)
+
+    def results(self) -> list[Decoded]:
+        """What became of the frames, in the order of the batch."""
+        lanes = [lane.result() for lane in self.lanes]
+        return [lanes[n % len(lanes)][n // len(lanes)] for n in range(len(self.batch.frames))]
 
 
 class Feeder:
     """A thread that goes round the streams, and a few that decode for it.
 
-    Each turn takes a few frames of every stream, decodes them side by side, and hands the complete chunks to the
-    engine. It sleeps until `wake` says that there is something new.
+    Each turn takes a few frames of every stream to be decoded, and hands what is complete by now to the engine. It
+    sleeps until `wake` says that there is something new. A stream's next batch is taken when the one before is
+    decoded, whatever the others do, and one decoder is always left to them: a slow picture holds up its own stream
+    alone. At most `max_decoding_bytes` of pixels, and one picture more, are being decoded at any time.
     """
 
-    def __init__(self, engine: EngineProtocol, *, num_decoders: int = 2) -> None:
+    def __init__(
+        self,
+        engine: EngineProtocol,
+        *,
+        num_decoders: int = 3,
+        max_decoding_bytes: int = MAX_DECODING_BYTES,
+        decode: Decode = decode_picture,
+    ) -> None:
         self._engine = engine
-        self._max_frames = 8 * num_decoders  # a turn, so that closing never waits for a long queue
+        self._decode = decode
+        self._max_frames = 8 * num_decoders  # in decoding, so that closing never waits for a long queue
+        self._max_bytes = max_decoding_bytes
+        self._max_lanes = max(1, num_decoders - 1)  # of one stream
         self._decoders = ThreadPoolExecutor(num_decoders, thread_name_prefix="decoder")
+        self._decoding: list[Decoding] = []
         self._intakes: list[StreamIntake] = []
         self._done: deque[tuple[StreamIntake, Chunk, Future[Encoded], int]] = deque()
         self._condition = threading.Condition()
@@ -48,7 +88,7 @@ class Feeder:
         if self._thread.ident is not None:
             self._thread.join(CLOSE_TIMEOUT_S)
             if self._thread.is_alive():
-                logger.warning("the feeder is still decoding after %g s", CLOSE_TIMEOUT_S)
+                logger.warning("the feeder has not ended after %g s", CLOSE_TIMEOUT_S)
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
     def add(self, intake: StreamIntake) -> None:
@@ -62,7 +102,7 @@ class Feeder:
             self._intakes = [other for other in self._intakes if other is not intake]
 
     def wake(self) -> None:
-        """Say that frames came, or that chunks are done."""
+        """Say that frames came, or that pictures or chunks are done."""
         with self._condition:
             self._has_news = True
             self._condition.notify()
@@ -71,9 +111,9 @@ class Feeder:
         while self._wait():
             try:
                 has_done_something = self._turn()
-            except Exception:  # one stream's surprise must not end the others
+            except Exception:  # what failed is done with, and the rest still waits
                 logger.exception("a turn of the feeder failed")
-                continue
+                has_done_something = True
             if has_done_something:
                 self.wake()
 
@@ -87,19 +127,22 @@ class Feeder:
     def _turn(self) -> bool:
         """Go round the streams once; whether anything moved."""
         has_settled = self._settle()
+        has_decoded = self._collect()
+        served: set[StreamIntake] = set()
+        for intake in self._intakes:
+            try:
+                self._submit(intake)
+                if self._start_batch(intake):
+                    served.add(intake)
+            except Exception:  # one stream's surprise must not end the others
+                logger.exception("stream %s: a turn of the feeder failed", intake.name)
         with self._condition:
-            intakes = self._intakes
-            # Another stream is first next time: when frames are rationed, all get their share.
-            self._intakes = intakes[1:] + intakes[:1]
-        batches = self._take(intakes)
-        decoding = [[self._decoders.submit(decode_timed, timed) for timed in batch.frames] for _, batch in batches]
-        for (intake, batch), futures in zip(batches, decoding, strict=True):
-            intake.give_back(batch, [future.result() for future in futures])
-        for intake in intakes:
-            self._submit(intake)
-        return has_settled or bool(batches)
+            # Who was served is last next time: when frames are rationed, all get their share.
+            self._intakes = sorted(self._intakes, key=served.__contains__)
+        return has_settled or has_decoded or bool(served)
 
     def _settle(self) -> bool:
+        """Account for the chunks that the engine is done with."""
         has_settled = False
         while self._done:
             intake, chunk, future, done_ns = self._done.popleft()
@@ -107,16 +150,36 @@ class Feeder:
             has_settled = True
         return has_settled
 
-    def _take(self, intakes: list[StreamIntake]) -> list[tuple[StreamIntake, Batch]]:
-        batches: list[tuple[StreamIntake, Batch]] = []
-        num_left = self._max_frames
-        for intake in intakes:
-            is_full = partial(self._is_full, intake.name)
-            batch = intake.take(num_left, is_full) if num_left else None
-            if batch is not None:
-                batches.append((intake, batch))
-                num_left -= len(batch.frames)
-        return batches
+    def _collect(self) -> bool:
+        """Give the batches back whose pictures are decoded."""
+        done = [decoding for decoding in self._decoding if decoding.is_done]
+        for decoding in done:
+            self._decoding.remove(decoding)
+            decoding.intake.give_back(decoding.batch, decoding.results())
+        return bool(done)
+
+    def _start_batch(self, intake: StreamIntake) -> bool:
+        """Take frames of a stream and begin to decode them; whether there were any."""
+        max_frames = self._max_frames - sum(len(decoding.batch.frames) for decoding in self._decoding)
+        max_bytes = self._max_bytes - sum(decoding.batch.num_bytes for decoding in self._decoding)
+        batch = intake.take(max_frames, max_bytes, partial(self._is_full, intake.name))
+        if batch is None:
+            return False
+        num_lanes = min(self._max_lanes, len(batch.frames))
+        lanes = tuple(self._start_lane(batch.frames[lane::num_lanes]) for lane in range(num_lanes))
+        self._decoding.append(Decoding(intake, batch, lanes))
+        for lane in lanes:
+            lane.add_done_callback(lambda _: self.wake())
+        return True
+
+    def _start_lane(self, frames: Sequence[TimedFrame]) -> Future[list[Decoded]]:
+        try:
+            return self._decoders.submit(lambda: [decode_timed(timed, self._decode) for timed in frames])
+        except RuntimeError as error:  # no thread can be had; the batch must come back all the same
+            logger.error("%d frames cannot be decoded: %s", len(frames), error)
+            undecoded: Future[list[Decoded]] = Future()
+            undecoded.set_result([Decoded(PictureError("decode_error", str(error)), 0.0)] * len(frames))
+            return undecoded
 
     def _is_full(self, stream: str) -> bool:
         try:
@@ -141,11 +204,11 @@ class Feeder:
         self.wake()
 
 
-def decode_timed(timed: TimedFrame) -> Decoded:
+def decode_timed(timed: TimedFrame, decode: Decode) -> Decoded:
     """Decode a frame, and say how long it took; whatever its bytes do to a decoder becomes a PictureError."""
     started = time.perf_counter()
     try:
-        pixels = decode_picture(timed.frame.header, timed.frame.payload)
+        pixels = decode(timed.frame.header, timed.frame.payload)
     except PictureError as error:
         pixels = error
     except Exception as error:  # bytes from outside: whatever they do to a decoder costs this frame alone

@@ -19,6 +19,7 @@ their way and the memory must agree about which frames came before it.
 
 import threading
 from concurrent.futures import Future
+from functools import partial
 
 import zmq
 
@@ -29,6 +30,7 @@ from .engine_protocol import EngineProtocol
 from .feeder import Feeder
 from .frames import FrameSubscriber, Secure, leave_open
 from .options import StreamOptions
+from .picture_decoder import MAX_PIXELS, decode_picture
 from .stream_intake import StreamIntake
 
 
@@ -37,7 +39,7 @@ class Intake:
 
     A stream that is not there is a NodeError UNKNOWN_STREAM. `secure(socket, role, options)` prepares a socket
     for CURVE before it is bound (`options` is None) or connected (the stream's options); the authenticator must
-    run in the same `context`.
+    run in the same `context`. A picture of more than `max_pixels` is dropped as `too_large`.
     """
 
     def __init__(
@@ -49,14 +51,15 @@ class Intake:
         secure: Secure = leave_open,
         takeover_s: float = 2.0,
         max_in_flight: int = 2,
-        num_decoders: int = 2,
+        num_decoders: int = 3,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self._engine = engine
         self._takeover_s = takeover_s
         self._max_in_flight = max_in_flight
         self._streams: dict[str, StreamIntake] = {}
         self._lock = threading.Lock()
-        self._feeder = Feeder(engine, num_decoders=num_decoders)
+        self._feeder = Feeder(engine, num_decoders=num_decoders, decode=partial(decode_picture, max_pixels=max_pixels))
         self._subscriber = FrameSubscriber(self._receive, context=context, bind=bind, secure=secure)
 
     def __enter__(self) -> "Intake":
@@ -129,6 +132,10 @@ class Intake:
     def reset(self, name: str) -> Future[CacheInfo]:
         """Drop the stream's frames on their way as `reset`, and reset the engine's memory of it."""
         return self._stream(name).reset(lambda: self._engine.reset(name))
+
+    def rollback(self, name: str, mark: str) -> Future[CacheInfo]:
+        """Drop the stream's frames on their way as `reset`, and forget what the engine's memory has after a mark."""
+        return self._stream(name).rollback(lambda: self._engine.rollback(name, mark))
 
     def counters(self, name: str) -> FrameCounters:
         return self._stream(name).counters()

@@ -20,7 +20,7 @@ from .chunk import Chunk, ChunkRefused, Encoded, Picture
 from .chunker import FrameChunker
 from .clock import StreamClock, nominal_interval_ns
 from .options import StreamOptions
-from .picture_decoder import PictureError
+from .picture_decoder import PictureError, decoded_bytes
 from .rate import Rate
 from .ring import FrameRing
 from .sampler import FrameSampler
@@ -44,11 +44,15 @@ class TimedFrame(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Frames to be decoded, oldest first. After them the session may end; `epoch` tells what a reset made void."""
+    """Frames to be decoded, oldest first. After them the session may end; `epoch` tells what a reset made void.
+
+    Their pixels will take `num_bytes`.
+    """
 
     frames: tuple[TimedFrame, ...]
     ends_session: bool
     epoch: int
+    num_bytes: int = 0
 
 
 class Decoded(NamedTuple):
@@ -90,6 +94,7 @@ class StreamIntake:
         self._sampler = FrameSampler(options.fps, options.stride)
         self._chunker = FrameChunker(options.chunk_frames)
         self._ready: deque[Chunk] = deque()
+        self._batch: Batch | None = None  # taken and not yet given back, so that order is kept
         self._epoch = 0
         self._is_paused = False
         self._may_be_full = False  # the last chunk was refused for want of room: ask before the next is decoded
@@ -100,7 +105,6 @@ class StreamIntake:
         self._num_kept = 0
         self._num_encoded = 0
         self._num_padded = 0
-        self._num_decoding = 0
         self._num_in_flight = 0
         self._chunks_in_flight = 0
         self._dropped: Counter[str] = Counter()
@@ -152,25 +156,31 @@ class StreamIntake:
             else:
                 self._drop("ring_full")
 
-    def take(self, max_frames: int, is_full: Callable[[], bool]) -> Batch | None:
+    def take(self, max_frames: int, max_bytes: int, is_full: Callable[[], bool]) -> Batch | None:
         """Take what should be decoded next, at most `max_frames` and never beyond a chunk; None if nothing.
 
-        Nothing is taken while the engine has as many chunks as it may, so that the ring fills and drops. While the
-        memory has no room (`is_full`, asked only after it refused a chunk), frames are dropped undecoded.
+        It ends with the picture that makes its pixels `max_bytes` or more. Each batch must be given back before
+        there is another. Nothing is taken while the engine has as many chunks as it may, so that the ring fills and
+        drops. While the memory has no room (`is_full`, asked only after it refused a chunk), frames are dropped
+        undecoded.
         """
         with self._lock:
-            if self._ready or self._chunks_in_flight >= self._max_in_flight:
+            if self._batch is not None or self._ready or self._chunks_in_flight >= self._max_in_flight:
                 return None
             if self._end_is_due:
                 self._end_is_due = False
-                return Batch((), ends_session=True, epoch=self._epoch)
-            return self._take(min(max_frames, self.options.chunk_frames - len(self._chunker)), is_full)
+                self._batch = Batch((), ends_session=True, epoch=self._epoch)
+            else:
+                has_room = not (self._may_be_full and is_full())
+                max_frames = min(max_frames, self.options.chunk_frames - len(self._chunker))
+                self._batch = self._take(max_frames, max_bytes, has_room)
+            return self._batch
 
-    def _take(self, num_wanted: int, is_full: Callable[[], bool]) -> Batch | None:
+    def _take(self, max_frames: int, max_bytes: int, has_room: bool) -> Batch | None:
         frames: list[TimedFrame] = []
+        num_bytes = 0
         ends_session = False
-        has_no_room = self._may_be_full and is_full()
-        while len(frames) < num_wanted and not ends_session:
+        while len(frames) < max_frames and num_bytes < max_bytes and not ends_session:
             frame = self._ring.pop()
             if frame is None:
                 break
@@ -178,12 +188,12 @@ class StreamIntake:
             if ends_session:
                 self._ends_in_ring -= 1
             elif (stream_ns := self._sample(frame)) is not None:
-                if has_no_room:
-                    self._drop("memory_full")
-                else:
+                if has_room:
                     frames.append(TimedFrame(frame, stream_ns))
-        self._num_decoding = len(frames)
-        return Batch(tuple(frames), ends_session, self._epoch) if frames or ends_session else None
+                    num_bytes += decoded_bytes(frame.header, frame.payload)
+                else:
+                    self._drop("memory_full")
+        return Batch(tuple(frames), ends_session, self._epoch, num_bytes) if frames or ends_session else None
 
     def _sample(self, frame: ReceivedFrame) -> int | None:
         """The frame's time on the stream's clock, or None if it was dropped."""
@@ -198,15 +208,23 @@ class StreamIntake:
         return stream_ns
 
     def give_back(self, batch: Batch, decoded: Sequence[Decoded]) -> None:
-        """Put the pictures of a batch into chunks; `decoded` has an entry for each of its frames."""
+        """Put the pictures of the batch into chunks; `decoded` has an entry for each of its frames."""
+        assert len(decoded) == len(batch.frames), (len(decoded), len(batch.frames))
         with self._lock:
+            assert batch is self._batch, "a batch is given back once"
+            self._batch = None
             if batch.epoch != self._epoch:
                 return  # the reset has counted its frames
-            self._num_decoding = 0
             for timed, result in zip(batch.frames, decoded, strict=True):
                 self._add(timed, result)
             if batch.ends_session:
                 self._ready += self._chunker.flush()
+
+    @property
+    def _num_decoding(self) -> int:
+        if self._batch is None or self._batch.epoch != self._epoch:
+            return 0
+        return len(self._batch.frames)
 
     def _add(self, timed: TimedFrame, decoded: Decoded) -> None:
         if isinstance(decoded.pixels, PictureError):
@@ -275,17 +293,31 @@ class StreamIntake:
         sides alike.
         """
         with self._lock:
-            left = self._ring.clear()
-            num_waiting = len(left) - self._ends_in_ring + self._num_decoding + len(self._chunker.clear())
-            num_waiting += sum(chunk.num_frames for chunk in self._ready)
-            self._ready.clear()
-            self._ends_in_ring = self._num_decoding = 0
-            self._drop("reset", num=num_waiting)
-            self._epoch += 1
-            self._may_be_full = False
+            self._drop_waiting()
             self._clock = StreamClock()
             self._sampler = FrameSampler(self.options.fps, self.options.stride)
             return reset_engine()
+
+    def rollback(self, roll_back_engine: Callable[[], Future[CacheInfo]]) -> Future[CacheInfo]:
+        """Drop what waits as `reset`, together with the end of the engine's memory.
+
+        As with a reset, every frame falls before or after it on both sides alike. The stream's clock goes on: the
+        memory keeps earlier frames, and what comes next must be later than they are. What waits is dropped also if
+        the engine then finds that it has no such mark.
+        """
+        with self._lock:
+            self._drop_waiting()
+            return roll_back_engine()
+
+    def _drop_waiting(self) -> None:
+        left = self._ring.clear()
+        num_waiting = len(left) - self._ends_in_ring + self._num_decoding + len(self._chunker.clear())
+        num_waiting += sum(chunk.num_frames for chunk in self._ready)
+        self._ready.clear()
+        self._ends_in_ring = 0
+        self._drop("reset", num=num_waiting)
+        self._epoch += 1
+        self._may_be_full = False
 
     # Facts
 

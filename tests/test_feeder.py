@@ -1,5 +1,6 @@
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import cv2
 import numpy as np
@@ -9,8 +10,9 @@ from fakes import FakeEngine
 
 from onlooker.node.feeder import Feeder
 from onlooker.node.options import StreamOptions
-from onlooker.node.stream_intake import StreamIntake
-from onlooker.protocol.codec import ReceivedFrame
+from onlooker.node.picture_decoder import decode_picture
+from onlooker.node.stream_intake import Batch, StreamIntake
+from onlooker.protocol.codec import Buffer, ReceivedFrame
 from onlooker.protocol.messages import FrameHeader
 
 JPEG = cv2.imencode(".jpg", np.zeros((8, 16, 3), np.uint8))[1].tobytes()
@@ -134,6 +136,114 @@ def test_when_frames_are_rationed_all_streams_get_their_share(engine: FakeEngine
     until(lambda: len(encoded) == 24)
     feeder.close()
     assert {frozenset(encoded[n : n + 3]) for n in range(0, 6, 3)} == {frozenset(["one", "two", "three"])}
+
+
+class HeldDecoder:
+    """Decodes, but the pictures of one stream only once it is told to."""
+
+    def __init__(self, held: str) -> None:
+        self.held = held
+        self.may_go_on = threading.Event()
+        self.num_held = 0
+
+    def __call__(self, header: FrameHeader, payload: Buffer) -> np.ndarray:
+        if header.stream == self.held:
+            self.num_held += 1
+            assert self.may_go_on.wait(10)
+        return decode_picture(header, payload)
+
+
+@pytest.fixture
+def held() -> Iterator[HeldDecoder]:
+    decoder = HeldDecoder("slow")
+    yield decoder
+    decoder.may_go_on.set()
+
+
+def test_a_slow_picture_holds_up_its_own_stream_alone(engine: FakeEngine, held: HeldDecoder):
+    feeder = Feeder(engine, decode=held)
+    feeder.start()
+    slow, front = (open_stream(engine, feeder, name=name, chunk_frames=4) for name in ("slow", "front"))
+    send(feeder, slow, *range(12))
+    until(lambda: held.num_held == 2)  # one decoder is left to the others
+    send(feeder, front, *range(40))
+    until(lambda: front.counters().encoded == 40)
+    counters = slow.counters()
+    assert (counters.pending, counters.encoded, counters.dropped) == (12, 0, {})
+    held.may_go_on.set()
+    until(lambda: slow.counters().encoded == 12)
+    assert [picture.seq for picture in engine.pictures("slow")] == list(range(12))
+    assert [picture.seq for picture in engine.pictures("front")] == list(range(40))
+    feeder.close()
+
+
+class CountingIntake(StreamIntake):
+    """Counts how often it was asked for frames."""
+
+    num_asked = 0
+
+    def take(self, max_frames: int, max_bytes: int, is_full: Callable[[], bool]) -> Batch | None:
+        self.num_asked += 1
+        return super().take(max_frames, max_bytes, is_full)
+
+
+def test_pictures_being_decoded_are_bounded_in_bytes(engine: FakeEngine, held: HeldDecoder):
+    num_bytes = 8 * 16 * 3
+    feeder = Feeder(engine, decode=held, max_decoding_bytes=2 * num_bytes)
+    slow, front = (open_stream(engine, feeder, name=name, chunk_frames=8) for name in ("slow", "front"))
+    send(feeder, slow, *range(8))
+    feeder.start()
+    until(lambda: held.num_held == 2)
+    send(feeder, front, *range(8))
+    last = CountingIntake(StreamOptions("last"))
+    feeder.add(last)
+    until(lambda: last.num_asked)  # the feeder has been at the front stream before
+    assert (slow.counters().kept, front.counters().kept) == (2, 0)
+    held.may_go_on.set()
+    until(lambda: front.counters().encoded == slow.counters().encoded == 8)
+    feeder.close()
+
+
+def test_closing_does_not_wait_for_a_slow_picture(engine: FakeEngine, held: HeldDecoder):
+    feeder = Feeder(engine, decode=held)
+    feeder.start()
+    slow = open_stream(engine, feeder, name="slow")
+    send(feeder, slow, 0, 1)
+    until(lambda: held.num_held == 2)
+    started = time.monotonic()
+    feeder.close()
+    assert time.monotonic() - started < 0.5
+
+
+class BrokenIntake(StreamIntake):
+    """Fails whenever it is asked for frames."""
+
+    def take(self, max_frames: int, max_bytes: int, is_full: Callable[[], bool]) -> Batch | None:
+        raise ZeroDivisionError("a defect")
+
+
+def test_a_stream_that_fails_costs_the_others_nothing(engine: FakeEngine, caplog):
+    feeder = Feeder(engine)
+    one = open_stream(engine, feeder, name="one")
+    feeder.add(BrokenIntake(StreamOptions("broken")))
+    two = open_stream(engine, feeder, name="two")
+    for intake in (one, two):
+        send(feeder, intake, *range(10))
+    feeder.start()
+    until(lambda: one.counters().encoded == two.counters().encoded == 10)
+    assert "stream broken: a turn of the feeder failed" in caplog.text
+    feeder.close()
+
+
+def test_frames_that_no_thread_can_be_had_for_are_accounted_for(engine: FakeEngine, caplog):
+    feeder = Feeder(engine)
+    feeder._decoders.shutdown()
+    feeder.start()
+    front = open_stream(engine, feeder)
+    send(feeder, front, 0, 1, 2)
+    until(lambda: front.counters().dropped == {"decode_error": 3})
+    assert "frames cannot be decoded" in caplog.text
+    feeder.close()
 
 
 def test_closing_does_not_wait_for_the_engine(engine: FakeEngine):

@@ -198,6 +198,23 @@ def test_a_reset_empties_the_way_and_the_memory_together(engine: FakeEngine, int
     assert engine.pictures("front")[0].stream_ns == 0
 
 
+def test_no_frame_from_before_a_rollback_is_in_the_memory_after_it(engine: FakeEngine, intake: Intake):
+    add_stream(engine, intake, chunk_frames=4, ring_frames=16)
+    with publisher(intake) as camera:
+        publish(camera, 4)
+        until(lambda: intake.counters("front").encoded == 4)
+        engine.mark("front", "here").result(1)
+        publish(camera, 6, ts=10**10)
+        until(lambda: intake.counters("front").encoded == 8 and intake.counters("front").received == 10)
+        intake.rollback("front", "here").result(1)
+        assert intake.counters("front").dropped == {"reset": 2}
+        publish(camera, 4, ts=2 * 10**10)
+        until(lambda: intake.counters("front").encoded == 12)
+    pictures = engine.pictures("front")
+    assert [picture.seq for picture in pictures] == [0, 1, 2, 3, 10, 11, 12, 13]
+    assert [picture.stream_ns for picture in pictures[4:]] == [2 * 10**10] * 4
+
+
 def test_no_frame_from_before_a_reset_is_in_the_memory_after_it(engine: FakeEngine, intake: Intake):
     add_stream(engine, intake)
     with publisher(intake) as camera:
@@ -291,6 +308,14 @@ def test_a_stream_that_is_not_there_is_an_error_that_names_those_that_are(engine
     with pytest.raises(NodeError) as failed:
         getattr(intake, verb)("back")
     assert (failed.value.code, failed.value.details) == ("UNKNOWN_STREAM", {"streams": ["front"]})
+
+
+def test_a_picture_of_more_pixels_than_allowed_is_too_large(engine: FakeEngine, context: zmq.Context):
+    with Intake(engine, context=context, bind=TCP, max_pixels=32 * 16 - 1) as intake:
+        add_stream(engine, intake)
+        with publisher(intake) as camera:
+            publish(camera, 1)
+            until(lambda: intake.counters("front").dropped == {"too_large": 1})
 
 
 def test_a_stream_cannot_be_added_twice(engine: FakeEngine, intake: Intake):

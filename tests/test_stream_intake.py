@@ -49,16 +49,18 @@ class Bench:
     def __post_init__(self) -> None:
         self.intake = StreamIntake(self.options, max_in_flight=self.max_in_flight, now=lambda: self.now)
 
-    def send(self, num: int = 1, *, eos: bool = False, step_ms: int = 40, payload: bytes = b"x", **fields) -> None:
+    def send(
+        self, num: int = 1, *, eos: bool = False, step_ms: int = 40, payload: bytes = b"x", enc: str = "jpeg", **fields
+    ) -> None:
         for _ in range(num):
-            enc = "" if eos else "jpeg"
+            enc = "" if eos else enc
             header = FrameHeader(session=self.session, stream="front", ts=self.ts, enc=enc, eos=eos, **fields)
             self.intake.receive(ReceivedFrame(header, self.seq, b"" if eos else payload))
             self.seq += 1
             self.ts += step_ms * MS
 
-    def take(self) -> Batch | None:
-        return self.intake.take(99, lambda: self.is_full)
+    def take(self, max_bytes: int = 1 << 20) -> Batch | None:
+        return self.intake.take(99, max_bytes, lambda: self.is_full)
 
     def give_back(self, batch: Batch | None, result: np.ndarray | PictureError = PIXELS) -> None:
         if batch is not None:
@@ -94,6 +96,11 @@ class Bench:
         done: Future[CacheInfo] = Future()
         done.set_result(CACHE)
         assert self.intake.reset(lambda: done) is done
+
+    def rollback(self) -> None:
+        done: Future[CacheInfo] = Future()
+        done.set_result(CACHE)
+        assert self.intake.rollback(lambda: done) is done
 
     @property
     def counters(self) -> FrameCounters:
@@ -299,18 +306,81 @@ def test_a_reset_drops_what_waits_everywhere_and_starts_the_clock_anew():
     assert [picture.stream_ns for picture in front.in_flight[0][0].pictures] == [n * 40 * MS for n in range(4)]
 
 
-def test_nothing_moves_while_the_engine_is_told_of_a_reset():
+def test_a_rollback_drops_what_waits_everywhere_and_the_clock_goes_on():
+    front = bench(chunk_frames=4, ring_frames=20)
+    front.send(4)
+    assert front.run() == [[0, 1, 2, 3]]
+    front.send(2)
+    front.give_back(front.take())
+    front.send(2)
+    batch = front.take()
+    front.send(3)
+    front.rollback()
+    front.give_back(batch)
+    assert (front.counters.dropped, front.counters.encoded, front.counters.pending) == ({"reset": 7}, 4, 0)
+    front.send(4)
+    front.give_back(front.take())
+    front.submit()
+    pictures = front.in_flight[0][0].pictures
+    assert [(picture.seq, picture.stream_ns) for picture in pictures] == [(n, n * 40 * MS) for n in range(11, 15)]
+
+
+def test_after_a_rollback_a_memory_that_was_full_is_tried_again():
+    front = bench()
+    front.send(2)
+    front.give_back(front.take())
+    front.submit()
+    front.settle(ChunkRefused("memory_full", ""))
+    front.rollback()
+    front.is_full = True  # as the engine's last news are still
+    front.send(2)
+    assert front.run() == [[2, 3]]
+
+
+def test_a_batch_must_come_back_before_there_is_another():
+    front = bench(ring_frames=20)
+    front.send(4)
+    batch = front.take()
+    assert front.take() is None
+    assert front.counters.received == accounted(front.counters)
+    front.give_back(batch)
+    front.submit()
+    assert front.run() == [[0, 1], [2, 3]]
+
+
+def test_a_batch_of_frames_that_a_reset_dropped_must_come_back_too():
+    front = bench()
+    front.send(2)
+    batch = front.take()
+    front.reset()
+    front.send(2)
+    assert front.take() is None
+    front.give_back(batch)
+    assert front.run() == [[2, 3]]
+
+
+def test_a_batch_ends_with_the_picture_that_makes_it_large_enough():
+    front = bench(chunk_frames=8)
+    front.send(8, payload=bytes(24), enc="rgb8", w=4, h=2)
+    batch = front.take(max_bytes=49)
+    assert batch is not None
+    assert (len(batch.frames), batch.num_bytes) == (3, 72)
+    assert front.take(max_bytes=0) is None
+
+
+@pytest.mark.parametrize("verb", ["reset", "rollback"])
+def test_nothing_moves_while_the_engine_is_told_of_it(verb: str):
     front = bench()
     mover = threading.Thread(target=front.send)
     done: Future[CacheInfo] = Future()
 
-    def reset_engine() -> Future[CacheInfo]:
+    def tell_engine() -> Future[CacheInfo]:
         mover.start()
         mover.join(0.02)
         assert mover.is_alive() and len(front.in_flight) == 0
         return done
 
-    assert front.intake.reset(reset_engine) is done
+    assert getattr(front.intake, verb)(tell_engine) is done
     mover.join()
     assert (front.counters.received, front.counters.dropped) == (1, {})
 
@@ -450,7 +520,7 @@ def test_a_lag_is_only_told_for_capture_times(ts_kind):
 def test_every_frame_is_dropped_encoded_or_pending_at_every_moment(chunk_frames, ring_frames, stride, data):
     front = bench(chunk_frames=chunk_frames, ring_frames=ring_frames, stride=stride, ring_bytes=100)
     actions = ("send", "send", "send", "jump", "eos", "session", "take", "take", "give", "submit", "settle")
-    rare = ("pause", "resume", "reset", "broken", "refuse", "wait", "full")
+    rare = ("pause", "resume", "reset", "rollback", "broken", "refuse", "wait", "full")
     batch: Batch | None = None
     for action in data.draw(st.lists(st.sampled_from(actions + actions + rare), max_size=80)):
         match action:
@@ -480,6 +550,8 @@ def test_every_frame_is_dropped_encoded_or_pending_at_every_moment(chunk_frames,
                 front.intake.resume()
             case "reset":
                 front.reset()
+            case "rollback":
+                front.rollback()
             case "full":
                 front.is_full = not front.is_full
         counters = front.counters
