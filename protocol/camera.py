@@ -153,7 +153,12 @@ class FramePublisher:
             message = self._socket.recv()
             # Anything else is a message that a subscriber sent upstream, which means nothing here.
             if message[:1] in (b"\x00", b"\x01"):
-                self._subscriptions[message[1:]] += 1 if message[0] else -1
+                self._note_subscription(message[1:], 1 if message[0] else -1)
+
+    def _note_subscription(self, topic: bytes, change: int) -> None:
+        self._subscriptions[topic] += change
+        if self._subscriptions[topic] <= 0:
+            del self._subscriptions[topic]  # strangers may ask for any number of topics, one after another
 
     def publish_image(
         self,

@@ -329,3 +329,15 @@ def test_a_publisher_that_binds_is_not_stopped_by_strangers_that_come_and_go(con
             assert camera.wait_for_subscriber(WAIT_S)
             camera.publish_image(RED)
             assert node.poll(int(WAIT_S * 1000))
+
+
+def test_topics_that_nobody_asks_for_any_more_are_forgotten(context: zmq.Context) -> None:
+    with FramePublisher("cam", bind="tcp://127.0.0.1:*") as camera, context.socket(zmq.XSUB) as stranger:
+        stranger.set(zmq.LINGER, 0)
+        stranger.connect(camera.endpoint)
+        for number in range(100):
+            stranger.send(b"\x01%d" % number)
+            stranger.send(b"\x00%d" % number)
+        stranger.send(b"\x01frame/cam/")
+        assert camera.wait_for_subscriber(WAIT_S)
+        assert dict(camera._subscriptions) == {b"frame/cam/": 1}
