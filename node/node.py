@@ -31,6 +31,7 @@ MAX_OPEN_CONTROL = 64
 CONTROL_RETRY_MS = 200
 STREAM_TIMEOUT_S = 60.0
 ENGINE_CHECK_S = 0.5
+CONTEXT_END_S = 2.0  # above the linger of every socket
 
 T = TypeVar("T")
 
@@ -98,7 +99,7 @@ class Node:
                 lock = _starting(f"endpoints.{name}", partial(IpcLock, endpoint))
                 self._open.callback(lock.close)
         self._context = zmq.Context(NUM_IO_THREADS)
-        self._open.callback(self._context.term)
+        self._open.callback(self._end_context)
         _starting("security", partial(self._security.start, self._context))
         self._open.callback(self._security.close)
         telemetry = self._start_telemetry()
@@ -141,6 +142,14 @@ class Node:
         self._open.close()
 
     # Parts
+
+    def _end_context(self) -> None:
+        """End the context, which waits for all its sockets, and so for ever if a thread is stuck with one."""
+        ending = threading.Thread(target=self._context.term, name="context-end", daemon=True)
+        ending.start()
+        ending.join(CONTEXT_END_S)
+        if ending.is_alive():
+            logger.error("a thread of the node has not ended: its sockets are left open")
 
     def _warn_of_exposure(self) -> None:
         if self._config.security.curve == "off":

@@ -78,6 +78,10 @@ class _Job:
     def key(self) -> Key:
         return request_key(self.request)
 
+    def is_of_client(self, other: "_Job") -> bool:
+        """Whether both are of one session, which a client chooses, or came by one connection."""
+        return self.request.session == other.request.session or self.addresses[0][:1] == other.addresses[0][:1]
+
 
 class Server:
     """Answers one ROUTER socket on its own thread, from `start` to `close`.
@@ -132,6 +136,14 @@ class Server:
     # The thread
 
     def _run(self) -> None:
+        try:
+            self._serve_all()
+        except zmq.ContextTerminated:
+            logger.warning("%s: it was stuck, and ends after the node", self._thread.name)
+        finally:
+            self._leave()
+
+    def _serve_all(self) -> None:
         poller = zmq.Poller()
         for source in (self._socket, self._refused.socket, self._outbox.fileno()):
             poller.register(source, zmq.POLLIN)
@@ -142,7 +154,6 @@ class Server:
             self._shielded(self._receive)
             self._shielded(self._expire)
             self._shielded(self._refused.note)
-        self._leave()
 
     def _leave(self) -> None:
         if self._socket.closed:
@@ -224,7 +235,7 @@ class Server:
         return True
 
     def _admit(self, job: _Job, steps: Steps[Any]) -> None:
-        num_of_client = sum(key[0] == job.request.session for key in self._jobs)
+        num_of_client = sum(job.is_of_client(other) for other in self._jobs.values())
         if num_of_client >= self._limits.max_per_client:
             raise self._busy(f"this client has {num_of_client} requests open, the most it may have")
         if len(self._jobs) >= self._limits.max_open:

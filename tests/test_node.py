@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from onlooker.node.node import EngineFailedError, Node, StartError
 from onlooker.protocol.client import NodeClient
 from onlooker.protocol.endpoints import ENDPOINTS
 from onlooker.protocol.errors import NoReplyError
+from onlooker.protocol.messages import Marks
 
 FAKE_NODE = Path(__file__).parent / "fake_node.py"
 QUESTION = {"stream": "front", "question": "one two three four five six seven eight nine ten"}
@@ -301,6 +302,38 @@ def test_closing_ends_every_thread_and_may_be_repeated():
         with running_node(engine) as node:
             node.close()
         node.close()
+    until(lambda: set(threading.enumerate()) <= before)
+
+
+class StuckEngine(FakeEngine):
+    """An engine that keeps the thread which asks it for marks, until `is_free`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked, self.is_free = threading.Event(), threading.Event()
+
+    def marks(self, stream: str) -> Future[Marks]:
+        self.is_asked.set()
+        self.is_free.wait(20)
+        return super().marks(stream)
+
+
+def test_closing_is_bounded_though_a_thread_is_stuck(caplog: pytest.LogCaptureFixture):
+    before = set(threading.enumerate())
+    engine = StuckEngine()
+    with (
+        engine,
+        running_node(engine) as node,
+        RawClient(node.endpoints["control"]) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        client.send("marks", {"stream": "front"})
+        assert engine.is_asked.wait(5)
+        try:
+            pool.submit(node.close).result(10)
+            assert "a thread of the node has not ended" in caplog.text
+        finally:
+            engine.is_free.set()
     until(lambda: set(threading.enumerate()) <= before)
 
 

@@ -217,6 +217,16 @@ def test_work_that_must_not_stop_half_way_goes_on_past_its_deadline(desk: Desk, 
     assert len(desk.futures) == 1
 
 
+def test_a_client_gets_no_more_by_calling_itself_another_session(desk: Desk, client: RawClient):
+    for number in range(3):
+        client.send("work", WORD, session=f"session {number}")
+    assert client.error("work", WORD, session="session 3")["code"] == "BUSY"
+    with RawClient(desk.endpoint) as other:
+        other.send("work", WORD)
+        desk.future(3).set_result(Word(word="done"))
+        assert other.receive()["status"] == "ok"
+
+
 def test_a_duplicate_of_running_work_attaches_to_it(desk: Desk, client: RawClient):
     client.send("work", WORD, id="mine")
     desk.future()
