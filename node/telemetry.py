@@ -25,6 +25,7 @@ MAX_SUBSCRIPTION_BYTES = 4096
 CLOSE_LINGER_MS = 200
 MAX_LOOK_S = 0.25  # how soon a change of a stream is told
 SUBSCRIBE = b"\x01"
+_SUBSCRIPTION_BURST = 64  # messages of subscribers between two looks at what else is due
 
 _STATE_EVENTS = {
     "waiting": ("stream_waiting", "no frame has come yet"),
@@ -53,7 +54,6 @@ class Telemetry:
         self._node = state.config.name
         self._period_s = period_s
         self._look_s = min(period_s, MAX_LOOK_S)
-        # Topics of streams that are gone keep their count: a stream that comes back goes on from there.
         self._seqs: Counter[bytes] = Counter()
         self._streams: dict[str, StreamStats] = {}
         self._has_greeted = False
@@ -88,6 +88,14 @@ class Telemetry:
     # The thread
 
     def _run(self) -> None:
+        try:
+            self._publish_all()
+        except zmq.ContextTerminated:
+            logger.warning("telemetry: it was stuck, and ends after the node")
+        finally:
+            self._end()
+
+    def _publish_all(self) -> None:
         poller = zmq.Poller()
         for source in (self._socket, self._refused.socket, self._outbox.fileno()):
             poller.register(source, zmq.POLLIN)
@@ -106,7 +114,6 @@ class Telemetry:
             elif now >= look_due:
                 look_due = now + self._look_s
                 self._shielded(self._look)
-        self._end()
 
     def _shielded(self, act: Callable[[], None]) -> None:
         try:
@@ -130,7 +137,9 @@ class Telemetry:
     def _greet_new(self) -> None:
         """Say hello once to all who subscribed just now."""
         has_new = False
-        while self._socket.poll(0):
+        for _ in range(_SUBSCRIPTION_BURST):
+            if not self._socket.poll(0):
+                break
             has_new |= self._socket.recv(copy=True)[:1] == SUBSCRIBE
         if has_new:
             self._publish("hello", self._state.hello())
@@ -151,6 +160,8 @@ class Telemetry:
             if report_all or before is None or _condition(stats) != _condition(before):
                 self._publish("stream", stats, name)
             self._announce_changes(before, stats)
+        for gone in self._streams.keys() - streams.keys():
+            self._seqs.pop(telemetry_topic("stream", self._node, gone), None)
         self._streams = streams
 
     def _announce_changes(self, before: StreamStats | None, stats: StreamStats) -> None:

@@ -1,8 +1,10 @@
 """Those who watch learn who the node is, how it does, and what changed."""
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -233,3 +235,41 @@ def test_what_cannot_be_published_does_not_end_telemetry(engine: FakeEngine, wat
         patch.setattr(engine, "vram", broken)
         watcher.until_kind("stream")
     watcher.until_kind("stats")
+
+
+def test_the_numbers_of_a_stream_that_is_gone_are_forgotten(node: Node, watcher: Watcher):
+    def is_of_back(heard: TelemetryRecord) -> bool:
+        return heard.topic == "stream/n1/back/"
+
+    with RawClient(node.endpoints["control"]) as control:
+        control.ok("stream_add", {"stream": "back"})
+        watcher.until(lambda heard: is_of_back(heard) and heard.seq > 2)
+        control.ok("stream_remove", {"stream": "back"})
+        removed_at = watcher.until_event("stream_removed").ts
+        watcher.until(lambda heard: heard.kind == "stats" and heard.record.ts > removed_at + 10**8)  # type: ignore[union-attr]
+        control.ok("stream_add", {"stream": "back"})
+        assert watcher.until(is_of_back).seq == 0
+
+
+def test_subscriptions_without_end_do_not_keep_the_records_back(watcher: Watcher, node: Node):
+    stop = threading.Event()
+
+    def subscribe_on_and_on() -> None:
+        with zmq.Context() as context, context.socket(zmq.XSUB) as flooder:
+            flooder.linger = 0
+            flooder.sndtimeo = 100
+            flooder.connect(node.endpoints["telemetry"])
+            while not stop.is_set():
+                with contextlib.suppress(zmq.Again):
+                    flooder.send(b"\x01nothing")
+                    flooder.send(b"\x00nothing")
+
+    with ThreadPoolExecutor(1) as pool:
+        watcher.until_kind("stats")
+        flooding = pool.submit(subscribe_on_and_on)
+        try:
+            for _ in range(10):
+                watcher.until_kind("stats")
+        finally:
+            stop.set()
+        flooding.result(5)
