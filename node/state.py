@@ -20,6 +20,8 @@ from .intake import Intake
 from .question_limits import QuestionLimits
 from .tally import Tally
 
+MAX_PROGRESS_AGE_MS = 10_000  # an engine that has not come round for longer is not ready
+
 FEATURES: Sequence[str] = ("ask", "ask_choice", "partial", "cancel", "marks", "streams")
 
 
@@ -104,8 +106,10 @@ class NodeState:
             raise NodeError(ErrorCode.UNKNOWN_STREAM, f"there is no stream {stream!r}", details=details)
 
     def pong(self) -> Pong:
+        """The engine is ready if it is loaded and came round lately: one long step may make it unready for a while."""
         age_ms = self._engine.progress_age_ms if self._engine is not None else self._uptime_s * 1e3
-        return Pong(live=True, ready=self.phase == "ready", engine_progress_age_ms=age_ms)
+        is_ready = self.phase == "ready" and age_ms < MAX_PROGRESS_AGE_MS
+        return Pong(live=True, ready=is_ready, engine_progress_age_ms=age_ms)
 
     def hello(self) -> Hello:
         model, limits = self.engine.model, self.limits
