@@ -17,10 +17,9 @@ from ..protocol.messages import FrameHeader
 from .chunk import Chunk, Encoded
 from .engine_protocol import EngineProtocol
 from .picture_decoder import PictureError, decode_picture, silence_opencv
-from .stream_intake import Batch, Decoded, StreamIntake, TimedFrame
+from .stream_intake import MAX_DECODING_BYTES, Batch, Decoded, StreamIntake, TimedFrame
 
 CLOSE_TIMEOUT_S = 1.0
-MAX_DECODING_BYTES = 256 << 20
 
 Decode = Callable[[FrameHeader, Buffer], np.ndarray]
 
@@ -162,7 +161,7 @@ class Feeder:
         """Take frames of a stream and begin to decode them; whether there were any."""
         max_frames = self._max_frames - sum(len(decoding.batch.frames) for decoding in self._decoding)
         max_bytes = self._max_bytes - sum(decoding.batch.num_bytes for decoding in self._decoding)
-        batch = intake.take(max_frames, max_bytes, partial(self._is_full, intake.name))
+        batch = intake.take(max_frames, partial(self._is_full, intake.name), max_bytes)
         if batch is None:
             return False
         num_lanes = min(self._max_lanes, len(batch.frames))
@@ -204,7 +203,7 @@ class Feeder:
         self.wake()
 
 
-def decode_timed(timed: TimedFrame, decode: Decode) -> Decoded:
+def decode_timed(timed: TimedFrame, decode: Decode = decode_picture) -> Decoded:
     """Decode a frame, and say how long it took; whatever its bytes do to a decoder becomes a PictureError."""
     started = time.perf_counter()
     try:

@@ -28,6 +28,7 @@ from .session_gate import SessionGate
 
 OFFLINE_AFTER_S = 5.0
 NUM_RECENT_CHUNKS = 32
+MAX_DECODING_BYTES = 256 << 20  # of pixels, at any time
 
 T = TypeVar("T")
 State = Literal["waiting", "online", "offline", "paused", "full", "ended"]
@@ -156,7 +157,7 @@ class StreamIntake:
             else:
                 self._drop("ring_full")
 
-    def take(self, max_frames: int, max_bytes: int, is_full: Callable[[], bool]) -> Batch | None:
+    def take(self, max_frames: int, is_full: Callable[[], bool], max_bytes: int = MAX_DECODING_BYTES) -> Batch | None:
         """Take what should be decoded next, at most `max_frames` and never beyond a chunk; None if nothing.
 
         It ends with the picture that makes its pixels `max_bytes` or more. Each batch must be given back before

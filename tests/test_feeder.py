@@ -11,7 +11,7 @@ from fakes import FakeEngine
 from onlooker.node.feeder import Feeder
 from onlooker.node.options import StreamOptions
 from onlooker.node.picture_decoder import decode_picture
-from onlooker.node.stream_intake import Batch, StreamIntake
+from onlooker.node.stream_intake import MAX_DECODING_BYTES, Batch, StreamIntake
 from onlooker.protocol.codec import Buffer, ReceivedFrame
 from onlooker.protocol.messages import FrameHeader
 
@@ -182,9 +182,9 @@ class CountingIntake(StreamIntake):
 
     num_asked = 0
 
-    def take(self, max_frames: int, max_bytes: int, is_full: Callable[[], bool]) -> Batch | None:
+    def take(self, max_frames: int, is_full: Callable[[], bool], max_bytes: int = MAX_DECODING_BYTES) -> Batch | None:
         self.num_asked += 1
-        return super().take(max_frames, max_bytes, is_full)
+        return super().take(max_frames, is_full, max_bytes)
 
 
 def test_pictures_being_decoded_are_bounded_in_bytes(engine: FakeEngine, held: HeldDecoder):
@@ -218,7 +218,7 @@ def test_closing_does_not_wait_for_a_slow_picture(engine: FakeEngine, held: Held
 class BrokenIntake(StreamIntake):
     """Fails whenever it is asked for frames."""
 
-    def take(self, max_frames: int, max_bytes: int, is_full: Callable[[], bool]) -> Batch | None:
+    def take(self, max_frames: int, is_full: Callable[[], bool], max_bytes: int = MAX_DECODING_BYTES) -> Batch | None:
         raise ZeroDivisionError("a defect")
 
 

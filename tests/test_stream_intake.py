@@ -60,7 +60,7 @@ class Bench:
             self.ts += step_ms * MS
 
     def take(self, max_bytes: int = 1 << 20) -> Batch | None:
-        return self.intake.take(99, max_bytes, lambda: self.is_full)
+        return self.intake.take(99, lambda: self.is_full, max_bytes)
 
     def give_back(self, batch: Batch | None, result: np.ndarray | PictureError = PIXELS) -> None:
         if batch is not None:
