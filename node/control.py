@@ -100,7 +100,7 @@ class Control:
         self._state.check_stream(stream)
 
         def steps() -> Steps[CacheInfo]:
-            info = yield self._state.engine.rollback(stream, name)
+            info = yield self._state.intake.rollback(stream, name)
             self._announce("rolled_back", f"all after mark {name} was forgotten", stream=stream, mark=name)
             return info
 

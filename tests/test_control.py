@@ -148,6 +148,19 @@ def test_after_a_reset_nothing_received_before_it_is_remembered(engine: FakeEngi
         assert frames["received"] == frames["encoded"] + frames["pending"] + sum(frames["dropped"].values())
 
 
+def test_after_a_rollback_nothing_received_before_it_is_remembered(engine: FakeEngine, node: Node, client: RawClient):
+    with Camera(node.endpoints["frames"]) as camera:
+        camera.publish(6)  # a chunk of 4, and two that wait for more
+        until(lambda: len(engine.pictures("front")) == 4)
+        until(lambda: client.ok("streams")["streams"][0]["frames"]["received"] == 6)
+        client.ok("mark", FRONT | {"name": "before"})
+        assert client.ok("rollback", FRONT | {"name": "before"})["num_frames"] == 4
+        camera.publish(4)
+        until(lambda: len(engine.pictures("front")) == 8)
+        assert [picture.seq for picture in engine.pictures("front")] == [0, 1, 2, 3, 6, 7, 8, 9]
+        assert client.ok("streams")["streams"][0]["frames"]["dropped"] == {"reset": 2}
+
+
 def test_a_stream_is_added_and_removed_at_run_time(engine: FakeEngine, node: Node, client: RawClient):
     assert client.ok("stream_add", {"stream": "back", "chunk_frames": 2, "encode_width": 64, "encode_height": 32}) == {}
     assert sorted(engine.streams()) == ["back", "front"]
