@@ -105,7 +105,15 @@ def _whole_number(value: object) -> object:
     return value
 
 
+def _whole_size(value: object) -> object:
+    """Pydantic reads a size up to the first character that it does not know, and leaves out the rest."""
+    if isinstance(value, str) and not re.fullmatch(r"\s*\d+(\.\d+)?\s*([kmgtp]i?b?|b)?\s*", value, re.IGNORECASE):
+        raise ValueError("must be a size such as 512MiB or 1.5GB")
+    return _whole_number(value)
+
+
 Endpoint = Annotated[str, AfterValidator(_checked_endpoint)]
+Bytes = Annotated[ByteSize, BeforeValidator(_whole_size), Field(ge=1)]
 Name = Annotated[str, AfterValidator(_checked_name)]
 Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=1, le=2**31)]
 Seconds = Annotated[float, BeforeValidator(_whole_number), Field(gt=0, le=86_400, allow_inf_nan=False)]
@@ -167,7 +175,7 @@ class StreamLimits(_Section):
     """What all streams may take together."""
 
     max_streams: Count = 16
-    max_memory_bytes: Annotated[ByteSize, Field(ge=1)] | None = None
+    max_memory_bytes: Bytes | None = None
 
 
 class StreamDefaults(_Section):
@@ -180,7 +188,7 @@ class StreamDefaults(_Section):
     min_pixels: Pixels | None = None
     max_pixels: Pixels | None = None
     encode_size: tuple[Pixels, Pixels] | None = None
-    memory_bytes: Annotated[ByteSize, Field(ge=1)] = ByteSize(1 << 30)
+    memory_bytes: Bytes = ByteSize(1 << 30)
     ring_frames: Count = 64
     camera_key: Path | None = None
 
@@ -421,7 +429,8 @@ def _problem(model: type[BaseModel], detail: Any) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"] or (detail["type"] in ("missing", "value_error") and isinstance(detail["input"], dict)):
         return f"{path}: {message}" if path else message
-    return f"{path}: {message[:1].lower()}{message[1:]}, got {detail['input']!r}"
+    got = f", got {detail['input']!r}"
+    return f"{path}: {message[:1].lower()}{message[1:].removesuffix(got)}{got}"
 
 
 def _section_of(section: type[BaseModel], key: str) -> type[BaseModel] | None:

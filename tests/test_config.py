@@ -233,3 +233,23 @@ def test_a_setting_on_the_command_line_is_toml_or_plain_text(text: str, setting:
 def test_what_is_no_setting_is_refused(text: str):
     with pytest.raises(ConfigError, match="is not key=value"):
         parse_setting(text)
+
+
+@pytest.mark.parametrize("size", ["2MiB and some", "1GB and more", "2MiB/s", "1,5 MiB", "1.5.2MiB", "lots", True])
+def test_a_size_is_read_whole_or_not_at_all(size: object):
+    with pytest.raises(ConfigError) as caught:
+        load(None, {"stream_defaults.memory_bytes": size})
+    (problem,) = caught.value.problems
+    assert problem.startswith("stream_defaults.memory_bytes: ") and problem.endswith(f"got {size!r}")
+
+
+@pytest.mark.parametrize(("size", "expected"), [("2MiB", 2 << 20), ("1.5 GB", 1_500_000_000), ("4096", 4096), (7, 7)])
+def test_a_size_has_a_unit_or_is_bytes(size: object, expected: int):
+    assert load(None, {"stream_defaults.memory_bytes": size}).stream_defaults.memory_bytes == expected
+
+
+def test_what_was_given_is_said_once():
+    with pytest.raises(ConfigError) as caught:
+        load(None, streams=["front door"])
+    (problem,) = caught.value.problems
+    assert problem.count("front door") == 1
