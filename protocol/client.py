@@ -253,11 +253,16 @@ class NodeClient:
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
         """Wait until the node can answer questions. Raises NoReplyError, or NOT_READY if it is only alive."""
-        deadline = time.monotonic() + self._seconds(timeout_s)
-        while not self.ping(timeout_s=max(_MAX_POLL_S, deadline - time.monotonic())).ready:
-            if time.monotonic() >= deadline:
-                raise NodeError(ErrorCode.NOT_READY, "the node is alive but still not ready")
-            time.sleep(_MAX_POLL_S)
+        seconds = self._seconds(timeout_s)
+        deadline = time.monotonic() + seconds
+        try:
+            while not self.ping(timeout_s=max(_MAX_POLL_S, deadline - time.monotonic())).ready:
+                if time.monotonic() >= deadline:
+                    raise NodeError(ErrorCode.NOT_READY, "the node is alive but still not ready")
+                time.sleep(_MAX_POLL_S)
+        except NoReplyError as error:
+            # Not what was left for the last ping: the caller waited for all of it.
+            raise NoReplyError(error.endpoint, seconds) from error
 
     def process_frame(
         self, stream: StreamName, pixels: NDArray[np.uint8], *, ts: int | None = None, **ignored: Any

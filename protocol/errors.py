@@ -98,7 +98,7 @@ class NoReplyError(OnlookerError):
     def __init__(self, endpoint: str, timeout_s: float) -> None:
         self.endpoint = endpoint
         self.timeout_s = timeout_s
-        super().__init__(f"no reply from {endpoint} within {timeout_s:g} s")
+        super().__init__(f"no reply from {endpoint} within {timeout_s:.3g} s")
 
 
 class AuthError(OnlookerError):

@@ -401,6 +401,14 @@ def test_waiting_for_a_node_ends_when_it_is_ready(node: RawNode, client: NodeCli
     assert node.seen.qsize() == 3
 
 
+def test_a_wait_in_vain_names_the_time_it_was_given(tmp_path: Path) -> None:
+    with (
+        NodeClient(control=f"ipc://{tmp_path}/nowhere") as client,
+        pytest.raises(NoReplyError, match=r"within 0\.2 s$"),
+    ):
+        client.wait_ready(0.2)
+
+
 def test_a_node_that_is_alive_but_never_ready_is_named_as_such(node: RawNode, client: NodeClient) -> None:
     node.answers = lambda request: [ok(request, {**REPLIES["ping"], "ready": False})]
     with pytest.raises(NodeError, match="NOT_READY"):
