@@ -5,16 +5,21 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import Ended, endpoint_flags, onlooker, start_onlooker
 from deadline import until
 from fakes import FakeEngine
+from msgspec.structs import replace
 from nodes import remember, running_node
 
 from onlooker.node.node import Node
+from onlooker.protocol.messages import Answer
 
 
 @pytest.fixture
@@ -105,7 +110,53 @@ def test_no_reply_has_a_status_of_its_own(tmp_path: Path) -> None:
     nowhere = f"ipc://{tmp_path}/nowhere"
     ended = onlooker("ask", "x", "-s", "front", "--ask", nowhere, "--control", nowhere, "--timeout", 0.2)
     assert ended.status == 3
-    assert "no reply" in ended.err
+    assert f"no node answers at {nowhere}; is one running? onlooker node" in ended.err
+
+
+def test_a_node_that_is_not_there_is_not_waited_for(tmp_path: Path) -> None:
+    started = time.monotonic()
+    ended = onlooker("status", "--control", f"ipc://{tmp_path}/nowhere")
+    assert ended.status == 3
+    assert "is one running?" in ended.err
+    assert time.monotonic() - started < 6
+
+
+@pytest.mark.parametrize("command", ["status", "streams", "marks"])
+def test_a_node_that_is_loading_its_model_is_waited_for(command: str, engine: FakeEngine) -> None:
+    with running_node(None) as node, start_onlooker(command, *endpoint_flags(node, "control")) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "the node is loading its model ...\n"
+        node.attach(engine)
+        assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("ask", " "), "more than white space"),
+        (("ask", "x", "--stream", "back yard"), "a name has 1 to 64 characters"),
+        (("ask", "x", "--as-of", ""), "a name has 1 to 64 characters"),
+        (("ask", "x", "-c", "yes", "-c", ""), "more than white space"),
+        (("mark", "a/b"), "a name has 1 to 64 characters"),
+        (("reset", "a/b"), "a name has 1 to 64 characters"),
+        (("add", "x" * 65), "a name has 1 to 64 characters"),
+        (("marks", "--delete", "a b"), "a name has 1 to 64 characters"),
+        (("camera", "0", "--stream", "a b"), "a name has 1 to 64 characters"),
+    ],
+    ids=lambda each: " ".join(each)[:20] if isinstance(each, tuple) else "",
+)
+def test_a_name_or_a_question_that_is_none_is_refused_before_it_is_sent(arguments: tuple[str, ...], words: str) -> None:
+    ended = onlooker(*arguments)
+    assert ended.status == 2
+    assert words in " ".join(ended.err.replace("│", " ").split())
+
+
+def test_an_error_amid_an_answer_begins_on_a_line_of_its_own(node: Node, engine: FakeEngine) -> None:
+    engine.word_s = 0.1
+    ended = ask(node, " ".join(["word"] * 60), "--timeout", 2)
+    assert ended.status in (1, 3)
+    assert ended.out.startswith("word word")
+    assert ended.out.endswith("word\n")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +205,38 @@ def test_on_a_terminal_there_is_a_prompt_until_an_empty_line(node: Node) -> None
     os.close(master)
 
 
-# status, streams, reset, mark, rollback, marks
+def test_the_prompt_of_a_stream_that_is_none_does_not_open(node: Node) -> None:
+    master, slave = pty.openpty()
+    flags = ("--stream", "nowhere", *endpoint_flags(node, "ask", "control"))
+    command = [sys.executable, "-m", "onlooker.tools.cli", "ask", *flags]
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=subprocess.PIPE, text=True) as process:
+        os.close(slave)
+        _, err = process.communicate(timeout=20)
+    os.close(master)
+    assert process.returncode == 1
+    assert "UNKNOWN_STREAM" in err
+    assert "Ask about" not in err
+
+
+class NotingEngine(FakeEngine):
+    """A fake engine that says something with every answer."""
+
+    def ask(self, *arguments: Any, **settings: Any) -> Future[Answer]:
+        noted: Future[Answer] = Future()
+        plain = super().ask(*arguments, **settings)
+        plain.add_done_callback(lambda done: noted.set_result(replace(done.result(), notice="It is noise.")))
+        return noted
+
+
+def test_a_note_is_said_once_in_a_conversation() -> None:
+    with NotingEngine() as engine, running_node(engine) as node:
+        remember(engine, 4)
+        ended = ask(node, input="first\nsecond\n")
+    assert ended.out == "first\nsecond\n"
+    assert ended.err.count("It is noise.") == 1
+
+
+# status, streams, add, remove, pause, resume, reset, mark, rollback, marks
 
 
 def test_status_names_the_node_and_its_model(node: Node) -> None:
@@ -172,6 +254,22 @@ def test_status_in_json_is_what_the_node_says(node: Node) -> None:
 def test_streams_are_listed_with_what_is_remembered(node: Node) -> None:
     assert control(node, "streams").out.startswith("front: waiting; remembers 4 frames in 16 of 100000 tokens")
     assert control(node, "streams", "--json").json[0]["cache"]["num_tokens"] == 16
+
+
+def test_a_stream_is_added_and_removed(node: Node, engine: FakeEngine) -> None:
+    added = control(node, "add", "gate")
+    assert (added.status, added.out.split(" (")[0]) == (0, "stream gate added to the node")
+    assert set(engine.streams()) == {"front", "gate"}
+    assert "STREAM_EXISTS" in control(node, "add", "gate").err
+    assert control(node, "remove", "gate").status == 0
+    assert set(engine.streams()) == {"front"}
+
+
+def test_a_stream_is_paused_and_resumed(node: Node) -> None:
+    assert control(node, "pause", "front").status == 0
+    assert control(node, "streams").out.startswith("front: paused")
+    assert control(node, "resume", "front").status == 0
+    assert control(node, "streams").out.startswith("front: waiting")
 
 
 def test_a_reset_forgets(node: Node, engine: FakeEngine) -> None:
@@ -216,3 +314,26 @@ def test_keys_are_written_once_and_the_secret_for_its_owner_alone(tmp_path: Path
 def test_a_name_that_is_none_is_a_mistake_of_the_command_line(tmp_path: Path) -> None:
     assert onlooker("keygen", tmp_path, "../gate").status == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_wrong_with_a_key_file_is_said_with_its_option(tmp_path: Path) -> None:
+    assert onlooker("keygen", tmp_path, "me").status == 0
+    public, secret = tmp_path / "me.key", tmp_path / "me.key_secret"
+    cases = [
+        ((public, public), "--client-key", "this is a public key"),
+        ((public, tmp_path / "none"), "--client-key", "No such file"),
+        ((tmp_path / "none", secret), "--server-key", "No such file"),
+        ((tmp_path, secret), "--server-key", "directory"),
+    ]
+    for (server, client), option, words in cases:
+        err = onlooker("status", "--server-key", server, "--client-key", client).err
+        assert f"Invalid value for {option}: " in err
+        assert words in " ".join(err.replace("│", " ").split())
+    assert "--client-key" in onlooker("status", "--server-key", public).err
+
+
+def test_defaults_of_endpoints_are_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = " ".join(onlooker("replay", "--help").out.replace("│", " ").split())
+    assert "127.0.0.1" not in out
+    assert "Default: port 5561 of this machine." in out

@@ -11,13 +11,14 @@ import pytest
 from commands import endpoint_flags, onlooker, start_onlooker
 from deadline import until
 from fakes import FakeEngine
+from msgspec.structs import replace
 from nodes import remember, running_node
 from records import NS, hello, node_stats, stream_stats
 from rich.console import Console
 
 from onlooker.node.node import Node
 from onlooker.protocol.messages import UNSET, Event, StageTimings
-from onlooker.tools.watch import View, render
+from onlooker.tools.watch import View, fitted, render
 
 
 def drawn(view: View, now: float) -> str:
@@ -104,6 +105,36 @@ def test_events_are_shown_the_newest_first_and_bounded(view: View) -> None:
 def test_a_removed_stream_disappears(view: View) -> None:
     view.take(Event(ts=NS, kind="stream_removed", stream="gate", message="gone"), now=100.0)
     assert "250 of 1000" not in drawn(view, now=100.0)
+
+
+@pytest.mark.parametrize("state", ["waiting", "offline", "paused", "ended"])
+def test_only_a_memory_that_fills_says_when_it_is_full(view: View, state: str) -> None:
+    filling = replace(stream_stats().cache, seconds_until_full=30.0)
+    view.take(stream_stats(cache=filling), now=100.0)
+    assert "full in 30 s" in drawn(view, now=100.0)
+    view.take(stream_stats(cache=filling, state=state), now=100.0)
+    assert "full in" not in drawn(view, now=100.0)
+
+
+@pytest.mark.parametrize(("height", "num_streams"), [(24, 1), (24, 5), (40, 2), (40, 9), (200, 9)])
+def test_on_a_small_terminal_questions_and_events_stay_and_what_is_left_out_is_said(
+    view: View, height: int, num_streams: int
+) -> None:
+    names = ["gate", *(f"yard-{n}" for n in range(num_streams - 1))]
+    for name in names:
+        view.take(stream_stats(stream=name), now=100.0)
+    for n in range(6):
+        view.take(Event(ts=NS * n, kind="x", stream="gate", message=f"event {n}"), now=100.0)
+    console = Console(width=100, height=height, file=io.StringIO())
+    console.print(fitted(view, 100.0, console))
+    text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(text.splitlines()) <= height
+    assert "traces left: 0" in text
+    assert "event 5" in text
+    assert "Ctrl-C ends it" in text
+    num_shown = sum(f"{name} online" in text for name in names)
+    assert num_shown >= 1
+    assert (f"and {num_streams - num_shown} more stream" in text) == (num_shown < num_streams)
 
 
 # With a node

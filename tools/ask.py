@@ -8,6 +8,7 @@ go to standard error. Without a question, questions are read line by line.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,7 +19,7 @@ import msgspec
 import typer
 
 from ..protocol.client import NodeClient
-from ..protocol.errors import NodeError, NoReplyError
+from ..protocol.errors import NodeError, NoReplyError, OnlookerError
 from ..protocol.messages import Answer, AnswerTiming, Choice, PartialAnswer, Provenance
 from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT
 from .commands import EXIT_FAILED, EXIT_NO_REPLY
@@ -31,8 +32,10 @@ from .connection import (
     ServerKeyOption,
     StreamOption,
     TimeoutOption,
+    checked_name,
     only_stream,
     open_client,
+    wait_ready,
 )
 from .quantity import NS_PER_S, ms_text, seconds_text, time_text
 
@@ -61,7 +64,10 @@ def ask(
         list[str] | None, typer.Option("--choice", "-c", help="A possible answer; give two or more.")
     ] = None,
     as_of: Annotated[
-        str | None, typer.Option("--as-of", metavar="MARK", help="Answer from the memory as it was at a mark.")
+        str | None,
+        typer.Option(
+            "--as-of", metavar="MARK", help="Answer from the memory as it was at a mark.", callback=checked_name
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest word each time.")] = 0.0,
@@ -77,6 +83,10 @@ def ask(
     """Ask about what a stream has shown."""
     if choice and len(choice) < 2:
         raise typer.BadParameter("give --choice at least twice")
+    if question is not None and not question.strip():
+        raise typer.BadParameter("a question is more than white space", param_hint="QUESTION")
+    if not all(option.strip() for option in choice or ()):
+        raise typer.BadParameter("an answer is more than white space", param_hint="--choice")
     manner = Manner(
         options=tuple(choice or ()),
         as_of=as_of,
@@ -87,7 +97,7 @@ def ask(
         is_streamed=not (no_stream or is_json),
     )
     with open_client(ask_endpoint, control, Keys(server_key, client_key), timeout_s) as client:
-        client.wait_ready()  # a node that was just started is still loading its model
+        wait_ready(client, timeout_s)
         asker = _Asker(client, stream or only_stream(client), manner)
         if question is not None:
             asker.ask(question)
@@ -102,6 +112,11 @@ class _Asker:
         self._client = client
         self.stream = stream
         self._manner = manner
+        self._shown_notices: set[str] = set()
+
+    def check_stream(self) -> None:
+        """Raise UNKNOWN_STREAM before anybody thinks of a question."""
+        self._client.cache_info(self.stream)
 
     def ask(self, question: str) -> None:
         """Print the reply to one question. Raises the client's errors, and TraceError."""
@@ -111,8 +126,15 @@ class _Asker:
             typer.echo(msgspec.json.encode(facts).decode())
         else:
             _print_facts(reply)
+            self._print_notice(reply)
         if not reply.memory.unchanged:
             raise TraceError("INTERNAL", f"the question changed the memory of {self.stream}")
+
+    def _print_notice(self, reply: Answer | Choice) -> None:
+        """Print the node's note on its answers, once."""
+        if isinstance(reply.notice, str) and reply.notice not in self._shown_notices:
+            self._shown_notices.add(reply.notice)
+            _print_aside(f"note: {reply.notice}")
 
     def _answer(self, question: str) -> Answer:
         manner = self._manner
@@ -141,27 +163,34 @@ class _Asker:
 def _print_pieces(pieces: Iterator[PartialAnswer | Answer]) -> Answer:
     """Print an answer while it grows. Leaving early, as by Ctrl-C, cancels the question."""
     shown = ""
-    with closing(pieces):  # pyright: ignore[reportArgumentType]
-        for piece in pieces:
-            if isinstance(piece, Answer):
-                # Pieces can be missing after a lost connection, never from the whole answer.
-                rest = piece.text.removeprefix(shown)
-                typer.echo(visible(rest if piece.text.startswith(shown) else f"\n{piece.text}"))
-                return piece
-            typer.echo(visible(piece.delta), nl=False)
-            sys.stdout.flush()
-            shown += piece.delta
+    try:
+        with closing(pieces):  # pyright: ignore[reportArgumentType]
+            for piece in pieces:
+                if isinstance(piece, Answer):
+                    # Pieces can be missing after a lost connection, never from the whole answer.
+                    rest = piece.text.removeprefix(shown)
+                    typer.echo(visible(rest if piece.text.startswith(shown) else f"\n{piece.text}"))
+                    return piece
+                typer.echo(visible(piece.delta), nl=False)
+                sys.stdout.flush()
+                shown += piece.delta
+    except (OnlookerError, KeyboardInterrupt):
+        if shown:
+            typer.echo()  # what is said about it begins on a line of its own
+        raise
     raise AssertionError("the pieces of an answer end with the whole of it")
 
 
 def _converse(asker: _Asker) -> None:
     """Ask every line of standard input; an error ends a question, not the conversation."""
     status = 0
+    if sys.stdin.isatty():
+        asker.check_stream()
     for question in _questions(asker.stream):
         try:
             asker.ask(question)
         except KeyboardInterrupt:
-            _print_aside("(cancelled)")
+            _print_aside("\n(cancelled)" if sys.stdin.isatty() else "(cancelled)")
         except (NodeError, NoReplyError) as error:
             _print_aside(f"onlooker: {error}")
             status = EXIT_NO_REPLY if isinstance(error, NoReplyError) else EXIT_FAILED
@@ -173,11 +202,14 @@ def _questions(stream: str) -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from filter(None, map(str.strip, sys.stdin))
         return
+    if importlib.util.find_spec("readline"):
+        importlib.import_module("readline")  # line editing and history, where Python has them
     _print_aside(f"Ask about {stream}; an empty line or Ctrl-D ends.")
     while True:
         try:
             question = input("? ").strip()
         except EOFError:
+            _print_aside("")
             return
         if not question:
             return
@@ -188,8 +220,6 @@ def _print_facts(reply: Answer | Choice) -> None:
     _print_aside(knowledge_text(reply.memory))
     _print_aside(timing_text(reply.timing))
     _print_aside(proof_text(reply.memory))
-    if isinstance(reply.notice, str):
-        _print_aside(f"note: {reply.notice}")
 
 
 def seconds_known(memory: Provenance) -> float:

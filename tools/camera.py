@@ -29,6 +29,7 @@ from .connection import (
     Keys,
     ServerKeyOption,
     TimeoutOption,
+    checked_name,
 )
 from .feed import Encoding, Feed, Stamp
 from .interrupt import ending_on_signal
@@ -114,7 +115,9 @@ class Filmed(msgspec.Struct, frozen=True, kw_only=True):
 
 def camera(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Number of a webcam, a device, or an address.")],
-    stream: Annotated[str, typer.Option("--stream", "-s", metavar="NAME", help="Name of the stream.")] = "camera",
+    stream: Annotated[
+        str, typer.Option("--stream", "-s", metavar="NAME", help="Name of the stream.", callback=checked_name)
+    ] = "camera",
     fps: Annotated[float | None, typer.Option(min=0.001, help="Send at most so many pictures a second.")] = None,
     duration: Annotated[float | None, typer.Option(metavar="SECONDS", min=0.001, help="End after so long.")] = None,
     reader: Annotated[ReaderName, typer.Option(help="av or cv2 (OpenCV); webcams are read by OpenCV.")] = "auto",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +10,16 @@ from typing import Annotated
 import typer
 
 from ..protocol.client import NodeClient
+from ..protocol.codec import check_stream_name
+from ..protocol.curve import load_keypair, load_public
+from ..protocol.errors import DecodeError, NoReplyError
 from ..protocol.interface import VideoMemory
+from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT, FRAMES_ENDPOINT, TELEMETRY_ENDPOINT
 
+# A node that is alive says so at once, also while its model is being loaded.
+PING_TIMEOUT_S = 3.0
+
+_HAS_SECRET = re.compile(r"^\s*secret-key\s*=", re.MULTILINE)
 _ENDPOINT = re.compile(r"tcp://[^\s/]+:(\d{1,5}|\*)|ipc://\S+")
 
 
@@ -29,14 +35,36 @@ def _is_port(port: str | None) -> bool:
     return port in (None, "*") or int(port) <= 65535
 
 
-def _endpoint(*flags: str, help: str) -> typer.models.OptionInfo:
-    return typer.Option(*flags, metavar="ENDPOINT", help=help, callback=_checked_endpoint)
+def _endpoint(*flags: str, help: str, default: str | None = None) -> typer.models.OptionInfo:
+    """An option for an endpoint. A whole endpoint as its default would be cut off in a narrow terminal."""
+    if default is not None:
+        help += f" Default: port {default.rpartition(':')[2]} of this machine."
+    return typer.Option(*flags, metavar="ENDPOINT", help=help, show_default=False, callback=_checked_endpoint)
 
 
-AskOption = Annotated[str, _endpoint("--ask", help="The node's ask socket.")]
-ControlOption = Annotated[str, _endpoint("--control", help="The node's control socket.")]
-TelemetryOption = Annotated[str, _endpoint("--telemetry", help="The node's telemetry socket.")]
-FramesOption = Annotated[str, _endpoint("--frames", "--endpoint", help="The node's frames socket.")]
+def checked_name(name: str | None) -> str | None:
+    """The name of a stream or a mark, as far as one was given. Raises BadParameter for one that cannot be."""
+    try:
+        return None if name is None else check_stream_name(name)
+    except DecodeError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def checked_names(names: list[str] | None) -> list[str] | None:
+    """As `checked_name`, for an option that is given several times."""
+    for name in names or []:
+        checked_name(name)
+    return names
+
+
+AskOption = Annotated[str, _endpoint("--ask", help="The node's ask socket.", default=ASK_ENDPOINT)]
+ControlOption = Annotated[str, _endpoint("--control", help="The node's control socket.", default=CONTROL_ENDPOINT)]
+TelemetryOption = Annotated[
+    str, _endpoint("--telemetry", help="The node's telemetry socket.", default=TELEMETRY_ENDPOINT)
+]
+FramesOption = Annotated[
+    str, _endpoint("--frames", "--endpoint", help="The node's frames socket.", default=FRAMES_ENDPOINT)
+]
 BindOption = Annotated[
     str | None, _endpoint("--bind", help="Listen here, for nodes that connect to their cameras, instead.")
 ]
@@ -44,7 +72,10 @@ ServerKeyOption = Annotated[Path | None, typer.Option("--server-key", help="The 
 ClientKeyOption = Annotated[Path | None, typer.Option("--client-key", help="Your own secret key file.")]
 TimeoutOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0.001, help="How long to wait.")]
 StreamOption = Annotated[
-    str | None, typer.Option("--stream", "-s", metavar="NAME", help="Which stream; not needed if there is one.")
+    str | None,
+    typer.Option(
+        "--stream", "-s", metavar="NAME", help="Which stream; not needed if there is one.", callback=checked_name
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -57,19 +88,63 @@ class Keys:
     client: Path | None = None
 
 
-@contextmanager
-def usable_keys() -> Iterator[None]:
-    """Turn what is wrong with a key file into a mistake of the command line."""
+class NoNodeError(NoReplyError):
+    """Nobody is there: not even a node that is still loading its model."""
+
+    def __init__(self, endpoint: str, timeout_s: float) -> None:
+        super().__init__(endpoint, timeout_s)
+        self.args = (f"no node answers at {endpoint}; is one running? onlooker node",)
+
+
+def check_keys(keys: Keys, *, is_server: bool = False) -> None:
+    """Raise BadParameter, naming the option, for a key file that cannot be used.
+
+    With `is_server` the peers' public keys may be a folder.
+    """
+    if keys.server is None and keys.client is None:
+        return
+    if keys.server is None or keys.client is None:
+        missing = "--server-key" if keys.server is None else "--client-key"
+        raise typer.BadParameter("--server-key and --client-key go together", param_hint=missing)
+    if not (is_server and keys.server.is_dir()):
+        _check_key("--server-key", keys.server)
+    _check_key("--client-key", keys.client)
+
+
+def _check_key(option: str, path: Path) -> None:
+    """Read a key file. Whether it is secret at all comes before whether it is kept so."""
     try:
-        yield
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint="--server-key, --client-key") from error
+        load_public(path)
+        if option == "--client-key":
+            if not _HAS_SECRET.search(path.read_text(errors="replace")):
+                message = f"{path}: this is a public key; your own secret one is wanted, NAME.key_secret"
+                raise typer.BadParameter(message, param_hint=option)
+            load_keypair(path)
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: {error.strerror}", param_hint=option) from error
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def open_client(ask: str, control: str, keys: Keys, timeout_s: float) -> NodeClient:
     """Make the client of a command."""
-    with usable_keys():
-        return NodeClient(ask, control, timeout_s=timeout_s, server_key=keys.server, client_key=keys.client)
+    check_keys(keys)
+    return NodeClient(ask, control, timeout_s=timeout_s, server_key=keys.server, client_key=keys.client)
+
+
+def wait_ready(client: NodeClient, timeout_s: float) -> None:
+    """Wait until the node can answer, and say so where that takes a while.
+
+    Raises NoNodeError soon if there is none, and NOT_READY after `timeout_s` if it is only alive.
+    """
+    ping_s = min(PING_TIMEOUT_S, timeout_s)
+    try:
+        is_ready = client.ping(timeout_s=ping_s).ready
+    except NoReplyError as error:
+        raise NoNodeError(error.endpoint, ping_s) from error
+    if not is_ready:
+        typer.echo("the node is loading its model ...", err=True)
+        client.wait_ready(timeout_s)
 
 
 def only_stream(node: VideoMemory) -> str:

@@ -7,12 +7,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import typer
+
 from ..protocol.camera import FramePublisher
 from ..protocol.client import NodeClient
-from ..protocol.errors import NoReplyError
-from ..protocol.messages import StreamSpec
+from ..protocol.errors import ErrorCode, NodeError, NoReplyError
+from ..protocol.interface import VideoMemory
+from ..protocol.messages import StreamSpec, StreamStats
 from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT, FRAMES_ENDPOINT
-from .connection import Keys, open_client, usable_keys
+from .connection import Keys, NoNodeError, check_keys, open_client, wait_ready
+from .quantity import bytes_text
 
 # Below the ring of a node with default settings, above the pictures of the largest chunk.
 LOSSLESS_IN_FLIGHT = 16
@@ -50,38 +54,78 @@ class Link:
     def open(self, streams: Sequence[str]) -> Iterator[Opened]:
         """Add the streams the node does not know, open their publishers, and wait until the node listens.
 
-        Raises the errors of the client and the publisher, and NoSubscriberError.
+        Raises the errors of the client and the publisher, UNKNOWN_STREAM, and NoSubscriberError.
         """
         with ExitStack() as stack:
-            node = stack.enter_context(self._client()) if self._needs_node else None
+            node = self._node(stack)
             if node:
-                node.wait_ready()  # a node that was just started is still loading its model
-            if node and self.adds_streams:
-                for name in set(streams) - set(node.stream_names()):
-                    node.add_stream(StreamSpec(stream=name))
+                self._provide(node, streams)
             publishers = [stack.enter_context(self._publisher(name)) for name in streams]
             for publisher in publishers:
                 self._wait_for_node(publisher)
             yield Opened(node, publishers)
 
+    def _node(self, stack: ExitStack) -> NodeClient | None:
+        """The node, once it is ready; None where frames are sent without a word with it.
+
+        A node that connects to its cameras asks only for streams it knows.
+        """
+        if self.is_bound and not self._needs_node:
+            return None
+        node = stack.enter_context(open_client(ASK_ENDPOINT, self.control, self.keys, self.timeout_s))
+        try:
+            wait_ready(node, self.timeout_s)
+        except NoNodeError:
+            if self._needs_node:
+                raise
+            typer.echo(f"no node answers at {self.control}: what becomes of the frames is not known", err=True)
+            return None
+        return node
+
     @property
     def _needs_node(self) -> bool:
         return self.adds_streams or self.max_in_flight is not None
 
-    def _client(self) -> NodeClient:
-        return open_client(ASK_ENDPOINT, self.control, self.keys, self.timeout_s)
+    def _provide(self, node: NodeClient, streams: Sequence[str]) -> None:
+        """See to it that the node knows the streams."""
+        known = node.stream_names()
+        for name in streams:
+            if name not in known and not self.adds_streams:
+                message = f"the node has no stream {name}; leave out --no-add, or: onlooker add {name}"
+                raise NodeError(ErrorCode.UNKNOWN_STREAM, message)
+            if name not in known:
+                typer.echo(added_text(add_stream(node, name)), err=True)
 
     def _publisher(self, stream: str) -> FramePublisher:
-        with usable_keys():
-            return FramePublisher(
-                stream,
-                bind=self.frames if self.is_bound else None,
-                connect=None if self.is_bound else self.frames,
-                server_key=self.keys.server,
-                client_key=self.keys.client,
-                lossless=self.max_in_flight is not None,
-            )
+        check_keys(self.keys, is_server=self.is_bound)
+        return FramePublisher(
+            stream,
+            bind=self.frames if self.is_bound else None,
+            connect=None if self.is_bound else self.frames,
+            server_key=self.keys.server,
+            client_key=self.keys.client,
+            lossless=self.max_in_flight is not None,
+            send_timeout_s=self.timeout_s,
+        )
 
     def _wait_for_node(self, publisher: FramePublisher) -> None:
         if not publisher.wait_for_subscriber(self.timeout_s, count=self.num_subscribers):
             raise NoSubscriberError(publisher.stream, publisher.endpoint, self.timeout_s)
+
+
+def add_stream(node: NodeClient, stream: str) -> StreamStats:
+    """Add a stream to a node, and say what it is like there. Raises the errors of the client."""
+    node.add_stream(StreamSpec(stream=stream))
+    return stats_of(node, stream)
+
+
+def added_text(stats: StreamStats) -> str:
+    return f"stream {stats.stream} added to the node ({bytes_text(stats.cache.resident_bytes)} of memory reserved)"
+
+
+def stats_of(node: VideoMemory, stream: str) -> StreamStats:
+    """What a node says of a stream. Raises UNKNOWN_STREAM, and the errors of the client."""
+    for stats in node.streams():
+        if stats.stream == stream:
+            return stats
+    raise NodeError(ErrorCode.UNKNOWN_STREAM, f"the node has no stream {stream}")

@@ -1,13 +1,19 @@
-"""`onlooker status`, `streams`, `reset`, `mark`, `rollback`, `marks`: a look at a node's memory, and a hand in it."""
+"""`onlooker status`, `streams`, `add`, `remove`, `pause`, `resume`, `reset`, `mark`, `rollback`, `marks`.
+
+A look at a node's memory, and a hand in it.
+"""
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
+from ..protocol.client import NodeClient
 from ..protocol.messages import CacheInfo, Mark, StreamStats
 from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT
 from .connection import (
@@ -18,27 +24,49 @@ from .connection import (
     ServerKeyOption,
     StreamOption,
     TimeoutOption,
+    checked_name,
     only_stream,
     open_client,
+    wait_ready,
 )
+from .link import add_stream, added_text
 from .quantity import bytes_text, reasons_text, seconds_text
 
-TIMEOUT_S = 5.0
+TIMEOUT_S = 60.0
 
-StreamArgument = Annotated[str, typer.Argument(metavar="STREAM")]
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the mark.")]
+StreamArgument = Annotated[str, typer.Argument(metavar="STREAM", callback=checked_name)]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the mark.", callback=checked_name)]
 
 
-def status(
-    is_json: JsonOption = False,
-    control: ControlOption = CONTROL_ENDPOINT,
-    server_key: ServerKeyOption = None,
-    client_key: ClientKeyOption = None,
-    timeout_s: TimeoutOption = TIMEOUT_S,
-) -> None:
+def of_node(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that lead to a node, and the client of a node that is ready as its first argument."""
+
+    def run(
+        *,
+        control: ControlOption = CONTROL_ENDPOINT,
+        server_key: ServerKeyOption = None,
+        client_key: ClientKeyOption = None,
+        timeout_s: TimeoutOption = TIMEOUT_S,
+        **arguments: Any,
+    ) -> None:
+        with open_client(ASK_ENDPOINT, control, Keys(server_key, client_key), timeout_s) as client:
+            wait_ready(client, timeout_s)
+            command(client, **arguments)
+
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+    *shared, _ = inspect.signature(run, eval_str=True).parameters.values()
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *shared)]
+    # Typer reads a command's options from these.
+    run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
+
+
+@of_node
+def status(client: NodeClient, is_json: JsonOption = False) -> None:
     """Say what a node is and how it does."""
-    with open_client(ASK_ENDPOINT, control, Keys(server_key, client_key), timeout_s) as client:
-        hello, stats = client.hello(), client.status()
+    hello, stats = client.hello(), client.status()
     if is_json:
         _print_json({"hello": hello, "stats": stats})
         return
@@ -50,16 +78,10 @@ def status(
         typer.echo(f"note: {hello.notice}")
 
 
-def streams(
-    is_json: JsonOption = False,
-    control: ControlOption = CONTROL_ENDPOINT,
-    server_key: ServerKeyOption = None,
-    client_key: ClientKeyOption = None,
-    timeout_s: TimeoutOption = TIMEOUT_S,
-) -> None:
+@of_node
+def streams(client: NodeClient, is_json: JsonOption = False) -> None:
     """List the streams of a node and what is remembered of each."""
-    with open_client(ASK_ENDPOINT, control, Keys(server_key, client_key), timeout_s) as client:
-        found = client.streams()
+    found = client.streams()
     if is_json:
         _print_json(found)
         return
@@ -69,67 +91,71 @@ def streams(
         typer.echo("the node has no stream", err=True)
 
 
-def reset(
-    stream: StreamArgument,
-    is_json: JsonOption = False,
-    control: ControlOption = CONTROL_ENDPOINT,
-    server_key: ServerKeyOption = None,
-    client_key: ClientKeyOption = None,
-    timeout_s: TimeoutOption = TIMEOUT_S,
-) -> None:
+@of_node
+def add(client: NodeClient, stream: StreamArgument, is_json: JsonOption = False) -> None:
+    """Add a stream to a node, which reserves its memory."""
+    stats = add_stream(client, stream)
+    _print(is_json, stats, added_text(stats))
+
+
+@of_node
+def remove(client: NodeClient, stream: StreamArgument) -> None:
+    """Remove a stream from a node, with all that is remembered of it."""
+    client.remove_stream(stream)
+    typer.echo(f"{stream}: removed, and its memory is free")
+
+
+@of_node
+def pause(client: NodeClient, stream: StreamArgument) -> None:
+    """Drop a stream's frames until it is resumed; what is remembered stays."""
+    client.pause_stream(stream)
+    typer.echo(f"{stream}: paused")
+
+
+@of_node
+def resume(client: NodeClient, stream: StreamArgument) -> None:
+    """Take in the frames of a paused stream again."""
+    client.resume_stream(stream)
+    typer.echo(f"{stream}: resumed")
+
+
+@of_node
+def reset(client: NodeClient, stream: StreamArgument, is_json: JsonOption = False) -> None:
     """Forget everything a stream has shown, marks too."""
-    with open_client(ASK_ENDPOINT, control, Keys(server_key, client_key), timeout_s) as client:
-        cache = client.reset(stream)
+    cache = client.reset(stream)
     _print(is_json, cache, f"{stream}: {_cache_text(cache)}")
 
 
-def mark(
-    name: NameArgument,
-    stream: StreamOption = None,
-    is_json: JsonOption = False,
-    control: ControlOption = CONTROL_ENDPOINT,
-    server_key: ServerKeyOption = None,
-    client_key: ClientKeyOption = None,
-    timeout_s: TimeoutOption = TIMEOUT_S,
-) -> None:
+@of_node
+def mark(client: NodeClient, name: NameArgument, stream: StreamOption = None, is_json: JsonOption = False) -> None:
     """Name a stream's memory as it is now.
 
     A mark of that name that exists already moves here.
     """
-    with open_client(ASK_ENDPOINT, control, Keys(server_key, client_key), timeout_s) as client:
-        made = client.mark(stream or only_stream(client), name)
+    made = client.mark(stream or only_stream(client), name)
     _print(is_json, made, _mark_text(made))
 
 
-def rollback(
-    name: NameArgument,
-    stream: StreamOption = None,
-    is_json: JsonOption = False,
-    control: ControlOption = CONTROL_ENDPOINT,
-    server_key: ServerKeyOption = None,
-    client_key: ClientKeyOption = None,
-    timeout_s: TimeoutOption = TIMEOUT_S,
-) -> None:
+@of_node
+def rollback(client: NodeClient, name: NameArgument, stream: StreamOption = None, is_json: JsonOption = False) -> None:
     """Forget everything a stream has shown since a mark."""
-    with open_client(ASK_ENDPOINT, control, Keys(server_key, client_key), timeout_s) as client:
-        stream = stream or only_stream(client)
-        cache = client.rollback(stream, name)
+    stream = stream or only_stream(client)
+    cache = client.rollback(stream, name)
     _print(is_json, cache, f"{stream}: {_cache_text(cache)}")
 
 
+@of_node
 def marks(
+    client: NodeClient,
     stream: StreamOption = None,
-    delete: Annotated[str | None, typer.Option(metavar="NAME", help="Delete this mark first.")] = None,
+    delete: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Delete this mark first.", callback=checked_name)
+    ] = None,
     is_json: JsonOption = False,
-    control: ControlOption = CONTROL_ENDPOINT,
-    server_key: ServerKeyOption = None,
-    client_key: ClientKeyOption = None,
-    timeout_s: TimeoutOption = TIMEOUT_S,
 ) -> None:
     """List the marks of a stream."""
-    with open_client(ASK_ENDPOINT, control, Keys(server_key, client_key), timeout_s) as client:
-        stream = stream or only_stream(client)
-        found = client.delete_mark(stream, delete) if delete else client.marks(stream)
+    stream = stream or only_stream(client)
+    found = client.delete_mark(stream, delete) if delete else client.marks(stream)
     if is_json:
         _print_json(found.marks)
         return

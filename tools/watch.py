@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 import typer
@@ -25,10 +26,11 @@ from ..protocol.errors import NoReplyError
 from ..protocol.messages import CacheInfo, Event, FrameCounters, Hello, NodeStats, StageTimings, StreamStats, Vram
 from ..protocol.sockets import TELEMETRY_ENDPOINT
 from ..protocol.telemetry import TelemetrySubscriber
-from .connection import ClientKeyOption, JsonOption, ServerKeyOption, TelemetryOption, usable_keys
+from .connection import ClientKeyOption, JsonOption, Keys, ServerKeyOption, TelemetryOption, check_keys
 from .quantity import NS_PER_S, bytes_text, ms_text, reasons_text, seconds_text
 
 MAX_EVENTS = 6
+HINT = "Ctrl-C ends it"
 REFRESH_S = 0.25
 BAR_WIDTH = 40
 # A node is offline when it has been silent for so many of its periods.
@@ -111,8 +113,8 @@ def watch(
     """
     if not (once or is_json or sys.stdout.isatty()):
         raise typer.BadParameter("this is not a terminal: add --once or --json")
-    with usable_keys():
-        subscriber = TelemetrySubscriber(telemetry, server_key=server_key, client_key=client_key)
+    check_keys(Keys(server_key, client_key))
+    subscriber = TelemetrySubscriber(telemetry, server_key=server_key, client_key=client_key)
     view = View(telemetry)
     with subscriber:
         if once:
@@ -158,10 +160,10 @@ def _print_records(subscriber: TelemetrySubscriber) -> None:
 
 def _show(subscriber: TelemetrySubscriber, view: View) -> None:
     """Draw what is known several times a second."""
-    with Live(render(view, time.monotonic()), screen=True, auto_refresh=False) as live:
+    with Live(screen=True, auto_refresh=False) as live:
         while True:
+            live.update(fitted(view, time.monotonic(), live.console), refresh=True)
             _take_for(subscriber, view, REFRESH_S)
-            live.update(render(view, time.monotonic()), refresh=True)
 
 
 def _take_for(subscriber: TelemetrySubscriber, view: View, seconds: float) -> None:
@@ -174,12 +176,46 @@ def render(view: View, now: float) -> RenderableType:
     """Draw all that is known."""
     if view.stats is None:
         return _waiting(view, now)
-    parts: list[RenderableType] = [_head(view, view.stats, now), _vram(view.stats)]
-    parts += [_stream(stats) for stats in view.streams.values()]
-    parts.append(_questions(view.stats))
+    return Group(*_parts(view, view.stats, now, FULL))
+
+
+class Form(NamedTuple):
+    """How much is drawn."""
+
+    max_events: int
+    is_brief: bool  # device memory in a line
+    max_streams: int | None = None
+    hint: str = ""
+
+
+FULL = Form(MAX_EVENTS, is_brief=False)
+
+
+def fitted(view: View, now: float, console: Console) -> RenderableType:
+    """Draw what fits the terminal: questions and the newest events always, then as many streams as there is room."""
+    if view.stats is None:
+        return Group(_waiting(view, now), Text(HINT, style="dim"))
+    forms = [Form(num, is_brief, hint=HINT) for num, is_brief in ((MAX_EVENTS, False), (2, False), (2, True))]
+    forms += [forms[-1]._replace(max_streams=num) for num in range(len(view.streams) - 1, -1, -1)]
+    drawings = (Group(*_parts(view, view.stats, now, form)) for form in forms)
+    fitting = (drawn for drawn in drawings if len(console.render_lines(drawn)) <= console.height)
+    return next(fitting, Group(*_parts(view, view.stats, now, forms[-1])))
+
+
+def _parts(view: View, stats: NodeStats, now: float, form: Form) -> Iterator[RenderableType]:
+    shown = list(view.streams.values())[: form.max_streams]
+    yield _head(view, stats, now)
+    yield _brief_vram(stats) if form.is_brief else _vram(stats)
+    yield from map(_stream, shown)
+    if num_more := len(view.streams) - len(shown):
+        yield Text(
+            f"\N{HORIZONTAL ELLIPSIS} and {num_more} more {'stream' if num_more == 1 else 'streams'} (onlooker streams)"
+        )
+    yield _questions(stats)
     if view.events:
-        parts.append(_events(view.events))
-    return Group(*parts)
+        yield _events(list(view.events)[-form.max_events :])
+    if form.hint:
+        yield Text(form.hint, style="dim")
 
 
 def _waiting(view: View, now: float) -> RenderableType:
@@ -218,6 +254,11 @@ def _vram(stats: NodeStats) -> RenderableType:
     return Panel(table, title=f"device memory ({stats.vram.device})", title_align="left")
 
 
+def _brief_vram(stats: NodeStats) -> RenderableType:
+    shares = ", ".join(f"{name} {bytes_text(num_bytes)}" for name, num_bytes, _ in _vram_shares(stats.vram))
+    return Text(f"device memory ({stats.vram.device}): {shares}")
+
+
 def _vram_shares(vram: Vram) -> list[tuple[str, int, str]]:
     """Components that are known, their bytes, and how they are drawn."""
     known = [
@@ -241,7 +282,7 @@ def _torch_text(vram: Vram) -> str:
 
 def _stream(stats: StreamStats) -> RenderableType:
     table = Table.grid(padding=(0, 2))
-    table.add_row("memory", _memory(stats.cache))
+    table.add_row("memory", _memory(stats.cache, fills=stats.state == "online"))
     table.add_row("frames", _frames_text(stats.frames, stats.fps_received, stats.fps_encoded))
     table.add_row("dropped", _dropped(stats.frames))
     table.add_row("chunks", _chunks_text(stats))
@@ -254,7 +295,8 @@ def _stream(stats: StreamStats) -> RenderableType:
     return Panel(table, title=title, title_align="left")
 
 
-def _memory(cache: CacheInfo) -> RenderableType:
+def _memory(cache: CacheInfo, fills: bool) -> RenderableType:
+    """Draw how full a memory is, and of one that fills, when it will be."""
     share = cache.num_tokens / cache.capacity_tokens if cache.capacity_tokens else 0
     text = f" {share:.0%}  {cache.num_tokens} of {cache.capacity_tokens} tokens\n"
     text += f"{bytes_text(cache.logical_bytes)} of {bytes_text(cache.resident_bytes)}, {cache.num_frames} frames"
@@ -262,7 +304,7 @@ def _memory(cache: CacheInfo) -> RenderableType:
         text += f" of {seconds_text(cache.seconds)}"
     if cache.full:
         text += ", full"
-    elif cache.seconds_until_full is not UNSET:
+    elif fills and cache.seconds_until_full is not UNSET:
         text += f", full in {seconds_text(cache.seconds_until_full)}"
     return _bar(share, "yellow" if cache.full else "green").append(text, style="default")
 
@@ -314,7 +356,7 @@ def _questions(stats: NodeStats) -> RenderableType:
     return Panel(body, title="questions", title_align="left")
 
 
-def _events(events: deque[Event]) -> RenderableType:
+def _events(events: Sequence[Event]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     for event in reversed(events):
         stream = "" if event.stream is UNSET else event.stream
