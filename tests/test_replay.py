@@ -1,11 +1,14 @@
 import itertools
+import re
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zmq
 from clips import number, write_clip, write_pictures
 from commands import Ended, endpoint_flags, onlooker, start_onlooker
 from deadline import until
@@ -13,8 +16,13 @@ from fakes import FakeEngine
 from nodes import running_node
 
 from onlooker.node.node import Node
+from onlooker.protocol.camera import FramePublisher
 from onlooker.protocol.client import NodeClient
-from onlooker.tools.replay import stream_names, stream_slug
+from onlooker.protocol.messages import FrameCounters
+from onlooker.tools.playback import Account, Arrivals, Playback, PlaybackOptions
+from onlooker.tools.quantity import bytes_text
+from onlooker.tools.replay import UnheardError, stream_names, stream_slug
+from onlooker.tools.video import open_video
 
 MS = 1_000_000
 
@@ -95,11 +103,19 @@ def test_frames_lost_to_a_ring_smaller_than_the_credit_are_an_error(tmp_path: Pa
     assert "ring_full" in ended.err
 
 
-def test_a_memory_that_is_full_is_reported_but_no_loss(clip: Path) -> None:
+def test_frames_that_a_full_memory_refused_are_lost_and_what_to_do_is_said(clip: Path) -> None:
     with FakeEngine(capacity_tokens=32) as engine, running_node(engine) as node:
         ended = replay(node, clip, "--rate", 0, "--lossless", "--json")
-    assert ended.status == 0
+    assert ended.status == 1
+    assert "memory_full 4; make room with `onlooker reset front`" in ended.err
     assert ended.json["streams"][0]["node"]["dropped"] == {"memory_full": 4}
+
+
+def test_frames_left_out_on_purpose_are_no_loss(clip: Path, engine: FakeEngine) -> None:
+    with running_node(engine, stream_defaults__stride=2) as node:
+        ended = replay(node, clip, "--rate", 0, "--lossless")
+    assert ended.status == 0, ended.err
+    assert "sampled_out 6" in ended.out
 
 
 def test_the_end_of_the_stream_completes_the_last_chunk(tmp_path: Path, engine: FakeEngine, node: Node) -> None:
@@ -197,6 +213,18 @@ def test_a_stream_that_is_not_to_be_added_must_be_known(clip: Path, node: Node) 
     assert "UNKNOWN_STREAM" in ended.err
 
 
+def test_a_stream_that_is_not_to_be_added_must_be_known_without_lossless_too(clip: Path, node: Node) -> None:
+    ended = replay(node, clip, "--stream", "gate", "--no-add")
+    assert (ended.status, ended.out) == (1, "")
+    assert "UNKNOWN_STREAM: the node has no stream gate" in ended.err
+
+
+def test_what_a_stream_that_is_added_reserves_is_said(clip: Path, engine: FakeEngine, node: Node) -> None:
+    reserved = bytes_text(engine.cache_info("front").resident_bytes)
+    ended = replay(node, clip, "--stream", "gate", "--rate", 0, "--lossless")
+    assert ended.err == f"stream gate added to the node ({reserved} of memory reserved)\n"
+
+
 def test_without_a_listener_nothing_is_sent(clip: Path, tmp_path: Path) -> None:
     ended = onlooker("replay", clip, "--no-add", "--frames", f"ipc://{tmp_path}/nowhere", "--timeout", 0.2)
     assert ended.status == 3
@@ -211,7 +239,7 @@ def test_a_node_that_is_not_there_is_no_reply(clip: Path, tmp_path: Path) -> Non
     nowhere = f"ipc://{tmp_path}/nowhere"
     ended = onlooker("replay", clip, "--frames", nowhere, "--control", nowhere, "--timeout", 0.2)
     assert ended.status == 3
-    assert "no reply" in ended.err
+    assert f"no node answers at {nowhere}; is one running? onlooker node" in ended.err
 
 
 def test_a_missing_file_is_named_before_anything_is_sent(tmp_path: Path) -> None:
@@ -230,6 +258,7 @@ def test_a_missing_file_is_named_before_anything_is_sent(tmp_path: Path) -> None
         ("--encoding", "gif"),
         ("--frames", "localhost:5556"),
         ("--stream", "a", "--stream", "b"),
+        ("--stream", "back yard"),
         ("--server-key", "none.key", "--client-key", "none.key_secret"),
     ],
     ids=lambda flags: flags[0] + " " + str(flags[1]),
@@ -249,6 +278,85 @@ def test_ctrl_c_ends_the_stream_for_the_node_too(clip: Path, engine: FakeEngine,
     assert "Traceback" not in err
     with NodeClient(node.endpoints["ask"], node.endpoints["control"]) as client:
         assert client.streams()[0].state == "ended"
+
+
+def test_the_summary_after_ctrl_c_adds_up(clip: Path, engine: FakeEngine, node: Node) -> None:
+    engine.encode_s = 0.3
+    flags = ("--loop", "--rate", 0, "--lossless", *endpoint_flags(node, "frames", "control"))
+    with start_onlooker("replay", clip, *flags) as command:
+        until(lambda: engine.pictures("front"), 20)
+        command.send_signal(signal.SIGINT)
+        out, err = command.communicate(timeout=10)
+    assert command.returncode == 130, err
+    found = re.search(r"(\d+) frames .*node so far: received (\d+), encoded (\d+), pending (\d+), dropped none", out)
+    assert found, out
+    sent, received, encoded, pending = map(int, found.groups())
+    assert sent == received == encoded + pending
+
+
+def counted(received: int, encoded: int, pending: int) -> FrameCounters:
+    return FrameCounters(
+        received=received, kept=received, encoded=encoded, pending=pending, padded=0, dropped={}, gaps=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "own"),
+    [
+        ((0, 0, 0), (9, 5, 4), (9, 5, 4)),
+        ((20, 12, 8), (29, 25, 4), (9, 5, 4)),
+        ((20, 12, 8), (29, 15, 14), (9, 0, 9)),
+        ((20, 12, 8), (9, 5, 4), (9, 5, 4)),
+    ],
+    ids=["the first", "after another", "behind another", "of a node that was restarted"],
+)
+def test_only_the_frames_of_this_replay_are_counted(
+    before: tuple[int, int, int], after: tuple[int, int, int], own: tuple[int, int, int]
+) -> None:
+    arrivals = Arrivals.between(counted(*before), counted(*after))
+    assert (arrivals.received, arrivals.encoded, arrivals.pending) == own
+
+
+@pytest.mark.parametrize("flags", [("--lossless",), ()], ids=["lossless", "lossy"])
+def test_a_node_that_dies_ends_in_a_summary_and_an_error(
+    clip: Path, engine: FakeEngine, flags: tuple[str, ...]
+) -> None:
+    with running_node(engine) as node:
+        ends = endpoint_flags(node, "frames", "control")
+        command = start_onlooker("replay", clip, "--loops", 3, "--rate", 2, "--timeout", 1, *flags, *ends)
+        until(lambda: engine.pictures("front"), 20)
+    with command:
+        out, err = command.communicate(timeout=20)
+    assert command.returncode == 3
+    assert re.match(r"front: \d+ frames ", out)
+    assert "no reply from" in err
+    assert "within 1 s" in err
+
+
+def test_a_playback_counts_the_frames_that_nobody_listened_to(clip: Path) -> None:
+    with FramePublisher("front", bind="tcp://127.0.0.1:*") as publisher, zmq.Context() as context:
+        with context.socket(zmq.SUB) as listener:
+            listener.subscribe("frame/front/")
+            listener.connect(publisher.endpoint)
+            assert publisher.wait_for_subscriber(5)
+            playback = Playback(open_video(str(clip)), publisher, PlaybackOptions(rate=0), threading.Event())
+        until(lambda: not publisher.has_subscriber)
+        assert playback.trouble is None
+        playback.run()
+        assert playback.trouble == "no node listens"
+        assert "no node listened to 12 of the 12 frames" in str(UnheardError("front", playback.position))
+
+
+def test_an_account_knows_whether_its_node_is_there(engine: FakeEngine) -> None:
+    with running_node(engine) as node:
+        client = NodeClient(node.endpoints["ask"], node.endpoints["control"])
+        publisher = FramePublisher("front", connect=node.endpoints["frames"])
+        account = Account(client, publisher)
+        account.probe()
+        assert not account.is_silent
+    with client, publisher:
+        account.probe()
+        assert account.is_silent
 
 
 def test_keys_open_a_node_that_requires_them(clip: Path, tmp_path: Path, engine: FakeEngine) -> None:

@@ -12,16 +12,18 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..protocol.camera import FramePublisher
-from ..protocol.errors import ErrorCode, NodeError, OnlookerError
-from ..protocol.interface import VideoMemory
+from ..protocol.client import NodeClient
+from ..protocol.errors import NoReplyError, OnlookerError
 from ..protocol.messages import FrameCounters, StreamStats
 from .feed import Clock, Encoding, Feed, Stamp
-from .link import Link
+from .link import Link, stats_of
 from .video import NS_PER_S, ReaderName, Selection, Video, VideoError, open_video
 
 POLL_S = 0.01
 STALLED_AFTER_S = 60.0
 SETTLE_S = 5.0
+ARRIVAL_S = 1.0
+PROBE_TIMEOUT_S = 1.0
 # A loop goes on one picture after its last one, also where the file does not say at which rate.
 _DEFAULT_FPS = 25.0
 
@@ -81,21 +83,30 @@ class Arrivals(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def between(cls, before: FrameCounters, after: FrameCounters) -> Arrivals:
-        """What was counted from one reading to a later one."""
+        """What was counted from one reading to a later one, less the frames that were pending at the first.
+
+        A node that was restarted meanwhile has counted from nothing.
+        """
+        if after.received < before.received:
+            before = FrameCounters(received=0, kept=0, encoded=0, pending=0, padded=0, dropped={}, gaps=0)
         dropped = {reason: num - before.dropped.get(reason, 0) for reason, num in after.dropped.items()}
+        encoded = after.encoded - before.encoded
+        # Frames are encoded in their order: the first ones are those that were pending before.
+        num_earlier = min(before.pending, encoded)
         return cls(
             received=after.received - before.received,
-            encoded=after.encoded - before.encoded,
-            pending=after.pending,
+            encoded=encoded - num_earlier,
+            pending=max(0, after.pending - (before.pending - num_earlier)),
             gaps=after.gaps - before.gaps,
             dropped={reason: num for reason, num in dropped.items() if num},
         )
 
     @property
-    def num_lost(self) -> int:
-        """Frames that were meant for the memory and that it might have held."""
-        on_purpose = ("sampled_out", "memory_full", "paused", "reset", "removed")
-        return self.gaps + sum(num for reason, num in self.dropped.items() if reason not in on_purpose)
+    def lost(self) -> dict[str, int]:
+        """Frames that were meant for the memory and are not in it, by reason."""
+        on_purpose = ("sampled_out", "paused", "reset", "removed")
+        lost = {reason: num for reason, num in self.dropped.items() if reason not in on_purpose}
+        return lost | {"never_arrived": self.gaps} if self.gaps else lost
 
 
 class Account:
@@ -105,12 +116,21 @@ class Account:
     frames that were sent, so that no ring of the node overflows. Raises the client's errors and StalledError.
     """
 
-    def __init__(self, node: VideoMemory, publisher: FramePublisher, max_in_flight: int | None = None) -> None:
+    def __init__(self, node: NodeClient, publisher: FramePublisher, max_in_flight: int | None = None) -> None:
         self._node = node
         self._publisher = publisher
         self._max_in_flight = max_in_flight
-        self._before = self._stats().frames
         self._num_done = 0
+        self.is_silent = False
+        self._before = self._stats().frames
+
+    def probe(self) -> None:
+        """Find out whether the node is there, which its publisher cannot tell; any thread may do this."""
+        try:
+            self._node.ping(timeout_s=PROBE_TIMEOUT_S)
+            self.is_silent = False
+        except NoReplyError:
+            self.is_silent = True
 
     def wait(self, num_sent: int, stop: threading.Event) -> None:
         """Wait for credit for one more frame, or until `stop` is set."""
@@ -120,7 +140,8 @@ class Account:
     def settle(self, num_sent: int, stop: threading.Event) -> Arrivals:
         """Wait until the node is through with everything sent, and say what became of it.
 
-        Without credit frames may have been lost on the way: then the wait ends after some seconds.
+        Without credit frames may have been lost on the way: then the wait ends after some seconds. Once `stop` is
+        set it ends as soon as everything has arrived.
         """
         if self._max_in_flight is not None:
             self._wait_done(num_sent, stop)
@@ -129,7 +150,14 @@ class Account:
             while self._refreshed(self._stats()) < num_sent and time.monotonic() < deadline:
                 if stop.wait(POLL_S):
                     break
+        if stop.is_set():
+            self._wait_arrived(num_sent)
         return Arrivals.between(self._before, self._stats().frames)
+
+    def _wait_arrived(self, num_sent: int) -> None:
+        deadline = time.monotonic() + ARRIVAL_S
+        while self._num_arrived(self._stats().frames) < num_sent and time.monotonic() < deadline:
+            time.sleep(POLL_S)
 
     def _wait_done(self, num_wanted: int, stop: threading.Event) -> None:
         progressed = time.monotonic()
@@ -144,17 +172,16 @@ class Account:
 
     def _refreshed(self, stats: StreamStats) -> int:
         """How many frames of this session the node is through with."""
-        frames = stats.frames
-        if frames.last_session == self._publisher.session and isinstance(frames.last_seq, int):
-            self._num_done = max(self._num_done, frames.last_seq + 1 - frames.pending)
+        self._num_done = max(self._num_done, self._num_arrived(stats.frames) - stats.frames.pending)
         return self._num_done
 
+    def _num_arrived(self, frames: FrameCounters) -> int:
+        if frames.last_session == self._publisher.session and isinstance(frames.last_seq, int):
+            return frames.last_seq + 1
+        return 0
+
     def _stats(self) -> StreamStats:
-        name = self._publisher.stream
-        for stats in self._node.streams():
-            if stats.stream == name:
-                return stats
-        raise NodeError(ErrorCode.UNKNOWN_STREAM, f"the node has no stream {name}")
+        return stats_of(self._node, self._publisher.stream)
 
 
 class Played(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,6 +207,9 @@ class Position:
     num_bytes: int = 0
     num_loops: int = 0
     num_broken: int = 0
+    num_unheard: int = 0  # sent after the last node that listened had gone
+    is_heard: bool = True
+    has_been_heard: bool = False
     played_s: float = 0.0
     lag_s: float = 0.0
     max_lag_s: float = 0.0
@@ -213,7 +243,7 @@ class Playback:
         self._feed = Feed(
             publisher, options.encoding, jpeg_quality=options.jpeg_quality, fps=fps and fps * options.speed
         )
-        self.position = Position()
+        self.position = Position(has_been_heard=publisher.has_subscriber)
 
     @property
     def stream(self) -> str:
@@ -227,6 +257,19 @@ class Playback:
         if selection.duration_s is not None:
             left_s = min(selection.duration_s, left_s or selection.duration_s)
         return left_s * self._options.num_loops if left_s and self._options.num_loops else None
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with the node right now, as far as this side can tell."""
+        if not self.position.is_heard:
+            return "no node listens"
+        is_silent = self._account is not None and self._account.is_silent
+        return "the node does not answer" if is_silent else None
+
+    def probe(self) -> None:
+        """Look whether the node is still there."""
+        if self._account:
+            self._account.probe()
 
     def run(self) -> Played:
         """Play until the end, and wait for the node's account of it.
@@ -245,7 +288,7 @@ class Playback:
         # The end of the stream has a number of its own, as every message.
         self._publisher.end()
         arrivals = self._account.settle(self._feed.num_sent + 1, self._stop) if self._account else None
-        return self._played(seconds, arrivals)
+        return self.played(seconds, arrivals)
 
     def _play_loops(self) -> None:
         base_ns = 0
@@ -267,6 +310,7 @@ class Playback:
             self._wait(played_ns)
             if self._stop.is_set():
                 break
+            self._note_listeners()
             self._feed.send(frame.pixels, self._stamp(frame.media_ns, loop))
             self._note(played_ns)
         if first_ns is None:
@@ -294,12 +338,19 @@ class Playback:
             return Stamp(time.time_ns(), "publish")
         return Stamp(media_ns, "media", None if self._options.num_loops == 1 else loop)
 
+    def _note_listeners(self) -> None:
+        position = self.position
+        position.is_heard = self._publisher.has_subscriber
+        position.has_been_heard |= position.is_heard
+        position.num_unheard += position.has_been_heard and not position.is_heard
+
     def _note(self, played_ns: int) -> None:
         self.position.num_sent = self._feed.num_sent
         self.position.num_bytes = self._feed.num_bytes
         self.position.played_s = played_ns / NS_PER_S
 
-    def _played(self, seconds: float, arrivals: Arrivals | None) -> Played:
+    def played(self, seconds: float, arrivals: Arrivals | None = None) -> Played:
+        """What was sent in so many seconds, and what became of it, if that is known."""
         position = self.position
         return Played(
             stream=self._publisher.stream,

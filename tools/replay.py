@@ -12,8 +12,10 @@ import itertools
 import re
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Annotated
 
@@ -34,30 +36,51 @@ from .connection import (
     Keys,
     ServerKeyOption,
     TimeoutOption,
+    checked_names,
 )
 from .feed import Clock, Encoding
 from .interrupt import ending_on_signal
 from .link import LOSSLESS_IN_FLIGHT, Link
-from .playback import Playback, PlaybackOptions, Played, open_playbacks
+from .playback import Arrivals, Playback, PlaybackOptions, Played, Position, open_playbacks
 from .quantity import bytes_text, ms_text, reasons_text, seconds_text
 from .video import ReaderName, Selection
 
 MAX_SLUG_CHARS = 64
 REFRESH_S = 0.1
+PROBE_S = 1.0
 
 
 class LostFramesError(OnlookerError):
     """A lossless replay lost frames."""
 
-    def __init__(self, played: Played) -> None:
-        reasons = reasons_text(played.node.dropped if played.node else {})
-        super().__init__(f"stream {played.stream} lost frames on the way into the memory: {reasons}")
+    def __init__(self, stream: str, lost: dict[str, int]) -> None:
+        message = f"stream {stream} lost frames on the way into the memory: {reasons_text(lost)}"
+        if "memory_full" in lost:
+            message += f"; make room with `onlooker reset {stream}`, or give the stream a larger memory_bytes"
+        super().__init__(message)
+
+
+class UnheardError(OnlookerError):
+    """Frames were sent to nobody."""
+
+    def __init__(self, stream: str, position: Position) -> None:
+        num, num_sent = position.num_unheard, position.num_sent
+        super().__init__(f"stream {stream}: no node listened to {num} of the {num_sent} frames")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was played of a file, as far as it was, and why no further."""
+
+    played: Played | None
+    error: OnlookerError | None = None
 
 
 def replay(
     videos: Annotated[list[str], typer.Argument(metavar="VIDEO...", help="Files, or addresses of files.")],
     stream: Annotated[
-        list[str] | None, typer.Option("--stream", "-s", help="Name of the stream, once for each file.")
+        list[str] | None,
+        typer.Option("--stream", "-s", help="Name of the stream, once for each file.", callback=checked_names),
     ] = None,
     rate: Annotated[float, typer.Option(help="Times as fast as filmed; 0: as fast as possible.")] = 1.0,
     loop: Annotated[bool, typer.Option("--loop", help="Play again and again.")] = False,
@@ -115,9 +138,13 @@ def replay(
     with open_playbacks(sources, options, link, stop) as playbacks, ending_on_signal(stop):
         results = _play(playbacks, is_quiet=is_json)
     _report(results, is_json)
+    errors = _errors(results, is_lossless=lossless)
+    for error in errors if stop.is_set() else errors[1:]:
+        typer.echo(f"onlooker: {error}", err=True)
     if stop.is_set():
         raise typer.Exit(EXIT_INTERRUPTED)
-    _check(results, is_lossless=lossless)
+    if errors:
+        raise errors[0]
 
 
 def stream_names(videos: Sequence[str], given: Sequence[str]) -> list[str]:
@@ -144,7 +171,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return distinct
 
 
-def _play(playbacks: Sequence[Playback], is_quiet: bool) -> list[Played | OnlookerError]:
+def _play(playbacks: Sequence[Playback], is_quiet: bool) -> list[Result]:
     """Play all at the same time; one that fails does not end the others."""
     console = Console(stderr=True)
     display = Progress(
@@ -158,33 +185,54 @@ def _play(playbacks: Sequence[Playback], is_quiet: bool) -> list[Played | Onlook
     with display, ThreadPoolExecutor(len(playbacks)) as threads:
         futures = [threads.submit(playback.run) for playback in playbacks]
         tasks = [display.add_task(playback.stream, total=playback.total_s, state="") for playback in playbacks]
+        probed = time.monotonic()
         while wait(futures, timeout=REFRESH_S).not_done:
             _refresh(display, tasks, playbacks)
+            if not display.disable and time.monotonic() - probed > PROBE_S:
+                for playback in playbacks:
+                    playback.probe()
+                probed = time.monotonic()
         for task, playback in zip(tasks, playbacks, strict=True):
-            display.update(task, completed=playback.total_s, state=f"{playback.position.num_sent} frames")
-    return [_outcome(future) for future in futures]
+            played_s = playback.position.played_s if playback.trouble else playback.total_s
+            display.update(
+                task, completed=played_s, state=_state_text(playback, f"{playback.position.num_sent} frames")
+            )
+    return [_result(playback, future) for playback, future in zip(playbacks, futures, strict=True)]
 
 
 def _refresh(display: Progress, tasks: Sequence[TaskID], playbacks: Sequence[Playback]) -> None:
-    for task, position in zip(tasks, (playback.position for playback in playbacks), strict=True):
-        state = f"{position.num_sent} frames, {position.fps:.1f} fps, lag {ms_text(position.lag_s * 1000)}"
-        display.update(task, completed=position.played_s, state=state)
+    for task, playback in zip(tasks, playbacks, strict=True):
+        position = playback.position
+        figures = f"{position.num_sent} frames, {position.fps:.1f} fps, lag {ms_text(position.lag_s * 1000)}"
+        display.update(task, completed=position.played_s, state=_state_text(playback, figures))
 
 
-def _outcome(future: Future[Played]) -> Played | OnlookerError:
+def _state_text(playback: Playback, figures: str) -> str:
+    return f"{figures}, {playback.trouble}" if playback.trouble else figures
+
+
+def _result(playback: Playback, future: Future[Played]) -> Result:
+    position = playback.position
     try:
-        return future.result()
+        played = future.result()
     except OnlookerError as error:
-        return error
+        seconds = time.monotonic() - position.started
+        return Result(playback.played(seconds) if position.num_sent else None, error)
+    return Result(played, UnheardError(playback.stream, position) if position.num_unheard else None)
 
 
-def _report(results: Sequence[Played | OnlookerError], is_json: bool) -> None:
-    played = [result for result in results if isinstance(result, Played)]
+def _report(results: Sequence[Result], is_json: bool) -> None:
     if is_json:
-        sys.stdout.write(msgspec.json.encode({"streams": played}).decode() + "\n")
+        whole = [result.played for result in results if not _has_failed(result)]
+        sys.stdout.write(msgspec.json.encode({"streams": whole}).decode() + "\n")
         return
-    for each in played:
-        typer.echo(_played_text(each))
+    for result in results:
+        if result.played:
+            typer.echo(_played_text(result.played))
+
+
+def _has_failed(result: Result) -> bool:
+    return result.error is not None and not isinstance(result.error, UnheardError)
 
 
 def _played_text(played: Played) -> str:
@@ -197,17 +245,23 @@ def _played_text(played: Played) -> str:
     if played.broken:
         parts.append(f"{played.broken} broken pieces of the file left out")
     if played.node:
-        dropped = reasons_text(played.node.dropped) or "none"
-        parts.append(f"node: received {played.node.received}, encoded {played.node.encoded}, dropped {dropped}")
+        parts.append(_arrivals_text(played.node, played.sent))
     return "; ".join(parts)
 
 
-def _check(results: Sequence[Played | OnlookerError], is_lossless: bool) -> None:
-    """Raise the first error there was, after printing the others; frames that a lossless replay lost are one."""
-    errors = [result for result in results if isinstance(result, OnlookerError)]
-    played = [result for result in results if isinstance(result, Played)]
-    errors += [LostFramesError(each) for each in played if is_lossless and each.node and each.node.num_lost]
-    for error in errors[1:]:
-        typer.echo(f"onlooker: {error}", err=True)
-    if errors:
-        raise errors[0]
+def _arrivals_text(node: Arrivals, num_sent: int) -> str:
+    num_under_way = num_sent - node.received - node.gaps
+    parts = [f"received {node.received}", f"encoded {node.encoded}"]
+    parts += [f"pending {node.pending}"] if node.pending else []
+    parts.append(f"dropped {reasons_text(node.dropped) or 'none'}")
+    parts += [f"{node.gaps} never arrived"] if node.gaps else []
+    parts += [f"{num_under_way} still on their way"] if num_under_way > 0 else []
+    is_over = node.pending == 0 and num_under_way <= 0
+    return ("node: " if is_over else "node so far: ") + ", ".join(parts)
+
+
+def _errors(results: Sequence[Result], is_lossless: bool) -> list[OnlookerError]:
+    """What went wrong; frames that a lossless replay lost are that, too."""
+    errors = [result.error for result in results if result.error]
+    nodes = [(each.stream, each.node) for each in (result.played for result in results) if each and each.node]
+    return errors + [LostFramesError(stream, node.lost) for stream, node in nodes if is_lossless and node.lost]
