@@ -100,6 +100,9 @@ class Control:
         self._state.check_stream(stream)
 
         def steps() -> Steps[CacheInfo]:
+            marks = yield self._state.engine.marks(stream)
+            if name not in {mark.name for mark in marks.marks}:
+                yield self._state.engine.rollback(stream, name)  # refuses it, and no frame is dropped
             info = yield self._state.intake.rollback(stream, name)
             self._announce("rolled_back", f"all after mark {name} was forgotten", stream=stream, mark=name)
             return info

@@ -222,7 +222,9 @@ class LocalNode:
         return self._wait(self._engine.mark(stream, name))
 
     def rollback(self, stream: str, name: str) -> CacheInfo:
-        return self._wait(self._engine.rollback(stream, name))
+        if name not in {mark.name for mark in self.marks(stream).marks}:
+            return self._wait(self._engine.rollback(stream, name))  # refuses it, and nothing is dropped
+        return self._wait(self._intake(stream).rollback(lambda: self._engine.rollback(stream, name)))
 
     def delete_mark(self, stream: str, name: str) -> Marks:
         return self._wait(self._engine.delete_mark(stream, name))

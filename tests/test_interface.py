@@ -4,6 +4,7 @@ import inspect
 
 import numpy as np
 import pytest
+from deadline import until
 from nodes import running_node
 
 from onlooker.node.engine import load_engine
@@ -108,6 +109,19 @@ def test_a_mark_is_asked_about_and_rolled_back_to(memory, stream):
     assert memory.rollback(stream, "early").num_tokens == mark.num_tokens
     assert [m.name for m in memory.marks(stream).marks] == ["early"]
     assert memory.delete_mark(stream, "early").marks == []
+
+
+def test_a_rollback_takes_the_pictures_that_wait_along_unless_the_mark_is_unknown(memory, stream):
+    memory.wait_encoded(stream, show(memory, stream, 10, 20), 10)
+    memory.mark(stream, "early")
+    show(memory, stream, 30)  # waits for a second picture to fill its chunk
+    until(lambda: memory.streams()[-1].frames.received == 3)
+    with pytest.raises(NodeError) as caught:
+        memory.rollback(stream, "never")
+    assert caught.value.code == "UNKNOWN_MARK"
+    assert memory.streams()[-1].frames.pending == 1
+    memory.rollback(stream, "early")
+    assert memory.streams()[-1].frames.dropped == {"reset": 1}
 
 
 def test_a_reset_forgets_everything(memory, stream):
