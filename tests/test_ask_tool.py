@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -216,6 +217,28 @@ def test_the_prompt_of_a_stream_that_is_none_does_not_open(node: Node) -> None:
     assert process.returncode == 1
     assert "UNKNOWN_STREAM" in err
     assert "Ask about" not in err
+
+
+def test_what_was_cancelled_is_said_on_a_line_of_its_own(node: Node, engine: FakeEngine) -> None:
+    engine.word_s = 0.1
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "onlooker.tools.cli", "ask", *endpoint_flags(node, "ask", "control")]
+    written = ""
+    environment = {**os.environ, "TERM": "dumb"}
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment) as process:
+        os.close(slave)
+        while "? " not in written:
+            written += os.read(master, 4096).decode()
+        os.write(master, b"one two three " * 9 + b"\n")
+        while not re.search(r"\n[^?\n]*one two", written):  # the answer, not the echo of what was typed
+            written += os.read(master, 4096).decode()
+        process.send_signal(signal.SIGINT)
+        while "? " not in written.partition("(cancelled)")[2]:
+            written += os.read(master, 4096).decode()
+        os.write(master, b"\n")
+        assert process.wait(10) == 0
+    os.close(master)
+    assert re.search(r"[a-z ]\r?\n\S*\(cancelled\)", written)
 
 
 class NotingEngine(FakeEngine):

@@ -174,7 +174,7 @@ def _print_pieces(pieces: Iterator[PartialAnswer | Answer]) -> Answer:
                 typer.echo(visible(piece.delta), nl=False)
                 sys.stdout.flush()
                 shown += piece.delta
-    except (OnlookerError, KeyboardInterrupt):
+    except OnlookerError:
         if shown:
             typer.echo()  # what is said about it begins on a line of its own
         raise
@@ -190,7 +190,7 @@ def _converse(asker: _Asker) -> None:
         try:
             asker.ask(question)
         except KeyboardInterrupt:
-            _print_aside("\n(cancelled)" if sys.stdin.isatty() else "(cancelled)")
+            _print_aside("\n(cancelled)")
         except (NodeError, NoReplyError) as error:
             _print_aside(f"onlooker: {error}")
             status = EXIT_NO_REPLY if isinstance(error, NoReplyError) else EXIT_FAILED
