@@ -1,6 +1,7 @@
 """The control socket acts on streams, and answers while the engine cannot."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
@@ -10,7 +11,7 @@ from deadline import until
 from fakes import FakeEngine
 from nodes import RawClient, remember, running_node
 
-from onlooker.node.node import Node
+from onlooker.node.node import ENGINE_CHECK_S, Node
 from onlooker.protocol.codec import encode_frame
 from onlooker.protocol.endpoints import ENDPOINTS
 from onlooker.protocol.messages import FrameHeader
@@ -97,6 +98,24 @@ def test_ping_tells_live_from_ready(engine: FakeEngine, client: RawClient):
     pong = client.ok("ping")
     assert pong["live"] and not pong["ready"]
     assert client.ok("status")["state"] == "starting"
+
+
+class StuckEngine(FakeEngine):
+    """An engine that has not come round for a while."""
+
+    progress_age_ms = 10_001.0  # type: ignore[assignment]
+
+
+def test_an_engine_that_does_not_come_round_is_not_ready_and_the_node_goes_on():
+    with StuckEngine() as engine, running_node(engine) as node, RawClient(node.endpoints["control"]) as client:
+        pong = client.ok("ping")
+        assert (pong["live"], pong["ready"], pong["engine_progress_age_ms"]) == (True, False, 10_001.0)
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(node.run)
+            with pytest.raises(TimeoutError):
+                running.result(1.5 * ENGINE_CHECK_S)  # an end of the engine would be noticed
+            node.request_stop()
+            running.result(5)
 
 
 def test_before_the_model_is_loaded_only_ping_is_answered():
