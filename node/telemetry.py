@@ -27,7 +27,7 @@ MAX_LOOK_S = 0.25  # how soon a change of a stream is told
 SUBSCRIBE = b"\x01"
 _SUBSCRIPTION_BURST = 64  # messages of subscribers between two looks at what else is due
 
-_STATE_EVENTS = {
+STATE_EVENTS = {
     "waiting": ("stream_waiting", "no frame has come yet"),
     "online": ("stream_online", "frames are coming in"),
     "offline": ("stream_offline", "no frame came for a while"),
@@ -170,7 +170,7 @@ class Telemetry:
         if known is not UNSET and session != known:
             self.announce("publisher_restarted", "another session publishes the stream", stream=stats.stream)
         if stats.state != (before.state if before else "waiting"):
-            kind, message = _STATE_EVENTS[stats.state]
+            kind, message = STATE_EVENTS[stats.state]
             self.announce(kind, message, stream=stats.stream)
 
     def _publish(self, kind: str, record: msgspec.Struct, stream: str | None = None) -> None:

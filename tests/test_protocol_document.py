@@ -12,6 +12,9 @@ import wire
 import zmq
 from raw_node import ANSWER, HELLO, RawNode, ok
 
+from onlooker.node.clock import MAX_BACKWARDS_FRAMES
+from onlooker.node.state import MAX_PROGRESS_AGE_MS
+from onlooker.node.telemetry import STATE_EVENTS
 from onlooker.protocol import codec, messages, sockets
 from onlooker.protocol.endpoints import ENDPOINTS
 from onlooker.protocol.errors import DropReason, ErrorCode
@@ -66,6 +69,21 @@ def test_the_error_codes_are_those_of_the_code() -> None:
 
 def test_the_drop_reasons_are_those_of_the_code() -> None:
     assert [code(name) for name, _ in table_of("Drop reasons")] == [str(each) for each in DropReason]
+
+
+def test_the_event_kinds_are_those_of_the_code() -> None:
+    sources = [path.read_text() for path in (Path(__file__).parent.parent / "node").glob("*.py")]
+    announced = {kind for text in sources for kind in re.findall(r'announce\(\s*"(\w+)"', text)}
+    announced |= {kind for kind, _ in STATE_EVENTS.values()}
+    assert {code(kind) for kind, _, _ in table_of("Event kinds")} == announced
+
+
+def test_ready_means_what_the_code_does() -> None:
+    assert f"came round in the last {MAX_PROGRESS_AGE_MS // 1000} s" in DOCUMENT
+
+
+def test_a_camera_s_clock_is_understood_as_in_the_code() -> None:
+    assert f"After {MAX_BACKWARDS_FRAMES}\n  of them in a row" in DOCUMENT
 
 
 def test_the_endpoints_are_those_of_the_code() -> None:
