@@ -77,12 +77,8 @@ class Branch:
 
     def prefill_unseen(self, span: Span) -> Tensor:
         """Start the branch over with a span that sees nothing of the memory; returns logits like `prefill`."""
-        self.require_room(len(span) - self.num_own)
-        hidden = self._model.read(span, Prefill([], (self._slot.arena, self._slot.start)))
-        self.snapshot = Snapshot()
-        self.num_own = len(span)
-        self.next_position = span.next_position
-        return self._model.logits(hidden[-1])
+        self.snapshot, self.num_own = Snapshot(), 0
+        return self.prefill(span)
 
     def continuations(self, ids: np.ndarray, targets: np.ndarray) -> Tensor:
         """Log-probabilities (batch, n) of `targets` after each token of alternative continuations.
