@@ -3,9 +3,12 @@
 import sys
 from collections.abc import Sequence
 
+# Modules of the extras that only some commands need; all others are of the extra `tools`.
+EXTRAS = {"prometheus_client": "metrics"}
+
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and exit with its status; without the extra `tools`, say how to install it."""
+    """Run one command and exit with its status; without the extra it needs, say how to install that."""
     try:
         from .commands import app
 
@@ -14,7 +17,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         module = missing.name or ""
         if module.startswith("onlooker"):
             raise
-        sys.exit(f"onlooker: the module {module} is missing; install it with: pip install 'onlooker[tools]'")
+        extra = EXTRAS.get(module.partition(".")[0], "tools")
+        sys.exit(f"onlooker: the module {module} is missing; install it with: pip install 'onlooker[{extra}]'")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -23,78 +21,18 @@ from rich.table import Table
 from rich.text import Text
 
 from ..protocol.errors import NoReplyError
-from ..protocol.messages import CacheInfo, Event, FrameCounters, Hello, NodeStats, StageTimings, StreamStats, Vram
+from ..protocol.messages import CacheInfo, Event, FrameCounters, NodeStats, StageTimings, StreamStats, Vram
 from ..protocol.sockets import TELEMETRY_ENDPOINT
 from ..protocol.telemetry import TelemetrySubscriber
 from .connection import ClientKeyOption, JsonOption, Keys, ServerKeyOption, TelemetryOption, check_keys
 from .quantity import NS_PER_S, bytes_text, ms_text, reasons_text, seconds_text
+from .view import MAX_EVENTS, View
 
-MAX_EVENTS = 6
 HINT = "Ctrl-C ends it"
 REFRESH_S = 0.25
 BAR_WIDTH = 40
-# A node is offline when it has been silent for so many of its periods.
-OFFLINE_PERIODS = 3.5
-DEFAULT_PERIOD_S = 1.0
 
 _STATE_STYLES = {"online": "green", "ready": "green", "full": "yellow", "offline": "red", "stopping": "red"}
-
-
-@dataclass(eq=False)
-class View:
-    """What the telemetry of one node has said so far; times are `time.monotonic()` seconds."""
-
-    endpoint: str
-    hello: Hello | None = None
-    stats: NodeStats | None = None
-    streams: dict[str, StreamStats] = field(default_factory=dict)
-    events: deque[Event] = field(default_factory=lambda: deque(maxlen=MAX_EVENTS))
-    period_s: float = DEFAULT_PERIOD_S
-    _heard: float | None = None
-    _stats_heard: float | None = None
-
-    def take(self, record: Hello | NodeStats | StreamStats | Event | None, now: float) -> None:
-        """Note a record. A node that was restarted is known by its session, and starts from nothing."""
-        self._heard = now
-        match record:
-            case Hello():
-                if self.hello and self.hello.session != record.session:
-                    self.stats = None
-                    self.streams.clear()
-                self.hello = record
-            case NodeStats():
-                self._take_stats(record, now)
-            case StreamStats():
-                self.streams[record.stream] = record
-            case Event():
-                self._take_event(record)
-
-    def _take_stats(self, stats: NodeStats, now: float) -> None:
-        if self.stats and self._stats_heard is not None and stats.uptime_s > self.stats.uptime_s:
-            self.period_s = stats.uptime_s - self.stats.uptime_s
-        self.stats, self._stats_heard = stats, now
-
-    def _take_event(self, event: Event) -> None:
-        self.events.append(event)
-        if event.kind == "stream_removed" and event.stream is not UNSET:
-            self.streams.pop(event.stream, None)
-
-    def silent_s(self, now: float) -> float:
-        """Seconds since the last record; infinite before the first."""
-        return float("inf") if self._heard is None else now - self._heard
-
-    def is_online(self, now: float) -> bool:
-        return self.silent_s(now) < OFFLINE_PERIODS * self.period_s
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the node, and each stream it names, has been heard of."""
-        return self.hello is not None and self.stats is not None and set(self.hello.streams) <= self.streams.keys()
-
-    @property
-    def facts(self) -> dict[str, object]:
-        """All that is known, for JSON."""
-        return {"hello": self.hello, "stats": self.stats, "streams": list(self.streams.values())}
 
 
 def watch(
