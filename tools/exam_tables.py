@@ -1,0 +1,161 @@
+"""What an exam found out, as tables for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .ask import visible
+from .exam import Report
+from .quantity import bytes_text, ms_text, seconds_text
+from .score import ChoiceScore, Count, Score, SettingScore
+from .showing import Asked
+
+MAX_LISTED = 60
+MAX_MISTAKES = 10
+MAX_ANSWER_CHARS = 120
+
+
+def print_report(report: Report) -> None:
+    """Print the questions one by one where they are few, else the scores and some of the mistakes."""
+    console = Console()
+    asked = report.asked
+    if len(asked) <= MAX_LISTED and report.scenario == "rounds":
+        console.print(_questions_table("Questions and answers", asked))
+    elif mistakes := [each for each in asked if not each.right]:
+        title = f"Mistakes, the first {MAX_MISTAKES} of {len(mistakes)}"
+        console.print(_questions_table(title if len(mistakes) > MAX_MISTAKES else "Mistakes", mistakes[:MAX_MISTAKES]))
+    if report.comparison:
+        console.print(_comparison_table(report.comparison))
+    if report.scenario != "rounds":
+        console.print(_kinds_table(report.score, report.storm and report.storm.score))
+        if not report.comparison:  # chunks of several sizes have no common length
+            console.print(_lengths_table(report.score))
+    if report.choices:
+        _print_choices(console, report.choices)
+    console.print(f"{report.model} on {report.device}: {report.score.all} answers are right")
+    console.print(_checks_table(report))
+    if report.notice:
+        console.print(Text(report.notice, style="yellow"))
+    console.print(f"{'All of it held' if report.held else 'NOT all of it held'}, in {seconds_text(report.seconds)}.")
+
+
+def _questions_table(title: str, asked: Sequence[Asked]) -> Table:
+    table = _table(title, "question", "wanted", "answer", "")
+    for column in ("frames", "tokens", "bytes"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("memory", no_wrap=True)
+    for each in asked:
+        cache = each.before
+        table.add_row(
+            Text(each.question),
+            Text(each.wanted),
+            Text(_answer_text(each)),
+            Text("right", style="green") if each.right else Text("WRONG", style="bold red"),
+            str(cache.num_frames),
+            str(cache.num_tokens),
+            bytes_text(cache.logical_bytes),
+            "unchanged" if each.is_traceless else Text("CHANGED", style="bold red"),
+        )
+    return table
+
+
+def _answer_text(asked: Asked) -> str:
+    text = visible(" ".join(asked.answer.text.split())) or "(blank)"
+    return text if len(text) <= MAX_ANSWER_CHARS else text[: MAX_ANSWER_CHARS - 4] + " ..."
+
+
+def _kinds_table(score: Score, in_storm: Score | None) -> Table:
+    layouts = list(score.by_layout)
+    table = _table("Right answers by kind", "kind", *layouts, "all")
+    stormy = {row.kind: row.all for row in in_storm.kinds} if in_storm else {}
+    if in_storm:
+        table.add_column("all, in the storm")
+    for row in score.kinds:
+        again = [_share_text(stormy[row.kind])] if stormy else []
+        table.add_row(row.kind, *_cells(row.by_layout, layouts), _share_text(row.all), *again)
+    table.add_section()
+    again = [_share_text(in_storm.all)] if in_storm else []
+    table.add_row("all", *_cells(score.by_layout, layouts), _share_text(score.all), *again)
+    return table
+
+
+def _lengths_table(score: Score) -> Table:
+    layouts = list(score.by_layout)
+    table = _table("Right answers by length of the memory", "chunks", *layouts, "all")
+    for row in score.lengths:
+        span = str(row.first) if row.first == row.last else f"{row.first} to {row.last}"
+        table.add_row(span, *_cells(row.by_layout, layouts), _share_text(row.all))
+    return table
+
+
+def _cells(by_layout: dict[str, Count], layouts: Sequence[str]) -> list[str]:
+    return [_share_text(by_layout.get(layout, Count(0, 0))) for layout in layouts]
+
+
+def _share_text(count: Count) -> str:
+    return f"{count.share:6.1%}  {count.num}/{count.of}" if count.of else "-"
+
+
+def _comparison_table(rows: Sequence[SettingScore]) -> Table:
+    table = _table("The same stories in every setting", "layout", "frames a chunk", "right answers")
+    for column in ("frames", "tokens", "memory", "encoding a frame", "first token", "answer"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row.layout,
+            str(row.chunk_frames),
+            _share_text(row.right),
+            f"{row.frames:.0f}",
+            f"{row.tokens:.0f}",
+            bytes_text(round(row.logical_bytes)),
+            _ms_text(row.encode_ms),
+            _ms_text(row.first_token_ms),
+            _ms_text(row.answer_ms),
+        )
+    return table
+
+
+def _ms_text(milliseconds: float) -> str:
+    return "-" if math.isnan(milliseconds) else ms_text(milliseconds)
+
+
+def _print_choices(console: Console, choices: ChoiceScore) -> None:
+    ranked = _table("Choices, by the way to rank", "rank by", "right", "as the free answer")
+    ranked.add_column("wrong: shorter than the right one (blindly)")
+    ranked.add_column("wrong: longer (blindly)")
+    ranked.add_column("")
+    for row in choices.leans:
+        ranked.add_row(
+            f"{row.rank_by}{' (asked)' if row.rank_by == choices.rank_by else ''}",
+            _share_text(row.right),
+            _share_text(row.agreeing),
+            f"{row.num_shorter} ({row.shorter_expected:.1f}), p = {row.shorter_p:.2g}",
+            f"{row.num_longer} ({row.longer_expected:.1f}), p = {row.longer_p:.2g}",
+            row.statement,
+        )
+    console.print(ranked)
+    places = _table("Choices, by place in the list", "place", "chosen", "right one there", "chance of the difference")
+    for place in choices.places:
+        places.add_row(str(place.index + 1), str(place.chosen), str(place.right), f"p = {place.p:.2g}")
+    console.print(places)
+    console.print("no place is preferred beyond chance" if choices.is_place_neutral else "A PLACE IS PREFERRED")
+
+
+def _checks_table(report: Report) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for check in report.checks:
+        verdict = Text("held", style="green") if check.held else Text("FAILED", style="bold red")
+        table.add_row(verdict, check.promise, Text(check.figures))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

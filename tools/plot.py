@@ -1,0 +1,158 @@
+"""Pictures of a score: accuracy against the length of the memory, and settings against each other."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..protocol.errors import OnlookerError
+from .score import Count, Score, SettingScore
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {"native": "#0b6bb3", "turns": "#d1690e"}
+MARKERS = {"native": "o", "turns": "s"}
+Z_95 = 1.96
+
+
+class PlotError(OnlookerError):
+    """A plot cannot be drawn or written here."""
+
+
+def check_plot(path: Path) -> None:
+    """Raise PlotError before anything is measured for a plot that cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PlotError("a plot needs matplotlib; install it with: pip install 'onlooker[plot]'")
+    if not path.resolve().parent.is_dir():
+        raise PlotError(f"{path}: there is no folder {path.resolve().parent}")
+
+
+def plot_lengths(score: Score, path: Path, title: str) -> None:
+    """Draw the share of right answers against the number of chunks in the memory, by layout."""
+    figure = _figure(9, 5)
+    axes = figure.subplots()
+    labels = [
+        f"{each.first}\n" if each.first == each.last else f"{each.first}\N{EN DASH}{each.last}\n"
+        for each in score.lengths
+    ]
+    layouts = list(score.by_layout)
+    for i, layout in enumerate(layouts):
+        counts = [each.by_layout.get(layout, Count(0, 0)) for each in score.lengths]
+        _draw_shares(axes, counts, layout, shift=0.12 * (i - (len(layouts) - 1) / 2))
+    _name_places(axes, [f"{label}n = {each.all.of}" for label, each in zip(labels, score.lengths, strict=True)])
+    axes.set_xlabel("chunks in the memory when the question was asked")
+    _finish_shares(axes)
+    _save(figure, path, title)
+
+
+def plot_settings(rows: Sequence[SettingScore], path: Path, title: str) -> None:
+    """Draw accuracy, memory, encoding and answering time of each setting."""
+    figure = _figure(11, 8)
+    (accuracy, memory), (encoding, answering) = figure.subplots(2, 2)
+    by_layout = {layout: [row for row in rows if row.layout == layout] for layout in COLOURS}
+    by_layout = {layout: its for layout, its in by_layout.items() if its}
+    sizes = sorted({row.chunk_frames for row in rows})
+    for i, (layout, its) in enumerate(by_layout.items()):
+        shift = 0.12 * (i - (len(by_layout) - 1) / 2)
+        places = [sizes.index(row.chunk_frames) + shift for row in its]
+        _draw_shares(accuracy, [row.right for row in its], layout, shift=shift, places=places)
+        _draw_line(memory, places, [row.tokens for row in its], layout)
+        _draw_line(encoding, places, [row.encode_ms for row in its], layout)
+        _draw_line(answering, places, [row.answer_ms for row in its], layout, ", whole answer")
+        _draw_line(answering, places, [row.first_token_ms for row in its], layout, ", first token", dashed=True)
+    _finish_shares(accuracy)
+    bytes_per_token = max(row.logical_bytes / row.tokens for row in rows)
+    memory.set_ylabel("tokens at the end of a stream")
+    right = memory.secondary_yaxis(
+        "right", functions=(lambda n: n * bytes_per_token / 1e6, lambda mb: mb * 1e6 / bytes_per_token)
+    )
+    right.set_ylabel("MB of keys and values")
+    encoding.set_ylabel("encoding, ms a frame")
+    answering.set_ylabel("answering, ms a question")
+    for axes in (accuracy, memory, encoding, answering):
+        _name_places(axes, [str(size) for size in sizes])
+        axes.set_xlabel("frames a chunk")
+    for axes in (memory, encoding, answering):
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="best")
+    _save(figure, path, title)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure of its own, so that no display and no global state is needed; sizes in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw_shares(
+    axes: Axes, counts: Sequence[Count], layout: str, *, shift: float, places: Sequence[float] | None = None
+) -> None:
+    """Shares in per cent with 95 % intervals; a place where nothing was asked is left out."""
+    at = [i + shift for i in range(len(counts))] if places is None else list(places)
+    known = [(x, count) for x, count in zip(at, counts, strict=True) if count.of]
+    shares = [100 * count.share for _, count in known]
+    ends = [wilson(count) for _, count in known]
+    below = [share - 100 * low for share, (low, _) in zip(shares, ends, strict=True)]
+    above = [100 * high - share for share, (_, high) in zip(shares, ends, strict=True)]
+    total = sum(count.of for _, count in known)
+    axes.errorbar(
+        [x for x, _ in known],
+        shares,
+        yerr=[below, above],
+        color=COLOURS[layout],
+        marker=MARKERS[layout],
+        capsize=3,
+        label=f"{layout} ({total} questions)",
+    )
+
+
+def _draw_line(
+    axes: Axes, places: Sequence[float], values: Sequence[float], layout: str, what: str = "", *, dashed: bool = False
+) -> None:
+    axes.plot(
+        places,
+        values,
+        color=COLOURS[layout],
+        marker=MARKERS[layout],
+        linestyle="--" if dashed else "-",
+        label=f"{layout}{what}",
+    )
+
+
+def _finish_shares(axes: Axes) -> None:
+    axes.set_ylabel("right answers, % (bars: 95 % interval)")
+    axes.set_ylim(-3, 103)
+    axes.legend(loc="best")
+
+
+def _name_places(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_xticks(range(len(names)), names)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: Path, title: str) -> None:
+    figure.suptitle(title)
+    try:
+        figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise PlotError(f"{path}: {error.strerror}") from error
+
+
+def wilson(count: Count) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927), which also holds near 0 and 1; of none, all of it."""
+    if not count.of:
+        return 0.0, 1.0
+    z2 = Z_95**2 / count.of
+    middle = (count.share + z2 / 2) / (1 + z2)
+    reach = Z_95 / (1 + z2) * math.sqrt(count.share * (1 - count.share) / count.of + z2 / (4 * count.of))
+    return max(0.0, min(middle - reach, count.share)), min(1.0, max(middle + reach, count.share))

@@ -1,0 +1,187 @@
+"""What is shown to a node, and what it is asked meanwhile: scripts made from held-out stories, the same for a seed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from .scene_questions import KINDS, Quiz, ask_about, three_rounds
+from .scenes import FRAMES_AT_ONCE, render
+from .story import Story, make_story
+
+Layout = Literal["native", "turns"]
+
+LAYOUTS: tuple[Layout, ...] = ("native", "turns")
+CHUNK_FRAMES = (1, 2, 4, 6, 8)
+CAMERA_SIZES = ((320, 240), (320, 180), (240, 240), (240, 320), (180, 320))  # width, height
+
+ROUND_FRAMES = 2
+MAX_THINGS = 8
+EMPTY_SHARE = 0.08  # of the stories: nothing ever happens
+JITTER = 0.02  # of a frame's time
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """How a stream is encoded."""
+
+    layout: Layout
+    chunk_frames: int
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether every model can tell the time: within one open video it is in the positions."""
+        return self.layout == "native" and self.chunk_frames > 1
+
+    def __str__(self) -> str:
+        return f"{self.layout}, {self.chunk_frames} frames a chunk"
+
+
+class Query(NamedTuple):
+    """A question, and after how many frames it is asked."""
+
+    num_frames: int
+    quiz: Quiz
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """Frames of one story, and the questions about them, oldest first."""
+
+    seed: int
+    story: Story
+    times_s: tuple[float, ...]
+    size: tuple[int, int]  # width, height
+    queries: tuple[Query, ...]
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.times_s)
+
+    def pictures(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """Each frame, uint8, RGB, (height, width, 3)."""
+        for start in range(0, self.num_frames, FRAMES_AT_ONCE):
+            times_s = self.times_s[start : start + FRAMES_AT_ONCE]
+            yield from render(self.story, times_s, self.size, noise_seed=self.seed + start)
+
+    def storm(self, num_frames: int, num_questions: int) -> list[Quiz]:
+        """More questions after so many frames, of any kind."""
+        rng = np.random.default_rng([6, self.seed, num_frames])
+        shown_s = self.times_s[:num_frames]
+        drawn = (ask_about(self.story, shown_s, rng, phrasings="test") for _ in itertools.count())
+        return list(itertools.islice((quiz for quiz in drawn if quiz), num_questions))
+
+
+class Part(NamedTuple):
+    """One showing of a scenario: a script, in a setting."""
+
+    script: Script
+    setting: Setting
+
+
+def rounds_scenario(seed: int, num_times: int, setting: Setting) -> list[Part]:
+    """Three rounds of two frames and a question, so many times with seeds that follow each other.
+
+    Raises ValueError for a setting whose chunks are longer than a round.
+    """
+    if setting.chunk_frames not in (1, ROUND_FRAMES):
+        raise ValueError(f"a round has {ROUND_FRAMES} frames: chunks of {setting.chunk_frames} would wait for more")
+    return [Part(_rounds_script(seed + i), setting) for i in range(num_times)]
+
+
+def _rounds_script(seed: int) -> Script:
+    rounds = list(three_rounds(seed))
+    ends = itertools.accumulate(len(each.times_s) for each in rounds)
+    return Script(
+        seed=seed,
+        story=rounds[0].story,
+        times_s=tuple(time_s for each in rounds for time_s in each.times_s),
+        size=CAMERA_SIZES[seed % len(CAMERA_SIZES)],
+        queries=tuple(Query(end, each.quiz) for end, each in zip(ends, rounds, strict=True)),
+    )
+
+
+def stories_scenario(
+    seed: int, num_streams: int, lengths: Sequence[int], num_questions: int, settings: Sequence[Setting]
+) -> list[Part]:
+    """Streams of one story each; lengths (in chunks) and settings take turns, and each kind comes about as often."""
+    asked: dict[Layout, Counter[str]] = defaultdict(Counter)
+    parts = []
+    for i, setting in zip(range(num_streams), itertools.cycle(settings), strict=False):
+        # Settings change from stream to stream, lengths once every setting had its turn.
+        num_chunks = lengths[i // len(settings) % len(lengths)]
+        script = _story_script(
+            _story_seed(seed, i),
+            num_chunks * setting.chunk_frames,
+            setting.chunk_frames,
+            num_questions,
+            asked[setting.layout],
+            has_clock=setting.has_clock,
+        )
+        parts.append(Part(script, setting))
+    return parts
+
+
+def comparison(
+    seed: int, num_streams: int, num_frames: Sequence[int], num_questions: int, settings: Sequence[Setting]
+) -> list[Part]:
+    """The same scripts in every setting, with questions where a chunk ends in all of them.
+
+    Raises ValueError for a number of frames that is no multiple of every chunk's.
+    """
+    step = math.lcm(*(setting.chunk_frames for setting in settings))
+    for num in num_frames:
+        if num % step:
+            raise ValueError(f"{num} frames are no whole chunks in every setting: a multiple of {step} would be")
+    has_clock = all(setting.has_clock for setting in settings)
+    asked: Counter[str] = Counter()
+    scripts = [
+        _story_script(_story_seed(seed, i), num, step, num_questions, asked, has_clock=has_clock)
+        for i, num in zip(range(num_streams), itertools.cycle(num_frames), strict=False)
+    ]
+    return [Part(script, setting) for setting in settings for script in scripts]
+
+
+def _story_seed(seed: int, index: int) -> int:
+    return 100_000 * seed + index
+
+
+def _story_script(
+    seed: int, num_frames: int, step: int, num_questions: int, asked: Counter[str], *, has_clock: bool
+) -> Script:
+    """A held-out story with questions after multiples of `step` frames, the kinds that `asked` has least of first."""
+    rng = np.random.default_rng([5, seed])
+    fps = float(rng.choice([1.0, 2.0, 4.0, 8.0], p=[0.2, 0.45, 0.25, 0.1]))
+    times_s = (np.arange(num_frames) + rng.uniform(-JITTER, JITTER, num_frames)) / fps
+    times_s -= times_s[0]
+    story = _story(seed, float(times_s[-1]) + 1 / fps, fps, rng)
+    queries = []
+    for moment in np.sort(rng.integers(1, num_frames // step + 1, num_questions)).tolist():
+        shown_s = times_s[: moment * step]
+        for kind in sorted(KINDS, key=lambda kind: (asked[kind], rng.random())):
+            quiz = ask_about(story, shown_s, rng, kind=kind, clock=has_clock, phrasings="test")
+            if quiz is not None:
+                asked[kind] += 1
+                queries.append(Query(moment * step, quiz))
+                break
+    size = CAMERA_SIZES[int(rng.integers(len(CAMERA_SIZES)))]
+    return Script(seed, story, tuple(times_s.tolist()), size, tuple(queries))
+
+
+def _story(seed: int, duration_s: float, fps: float, rng: np.random.Generator) -> Story:
+    """A story for a stream of a rate: everything is shown in two frames at least, with or without gaps between."""
+    show_s = float(rng.choice([2, 3, 5])) / fps
+    gap_s = float(rng.choice([0, 1, 3])) / fps
+    if duration_s < show_s + gap_s:
+        show_s, gap_s = 2 / fps, 0.0
+    room = int(duration_s / (show_s + gap_s) + 1e-6)
+    fewest = 0 if rng.random() < EMPTY_SHARE else min(1, room)
+    num_things = int(rng.integers(fewest, min(MAX_THINGS, room) + 1))
+    return make_story(seed, split="test", duration_s=duration_s, num_things=num_things, min_show_s=show_s, gap_s=gap_s)
