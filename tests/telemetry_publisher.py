@@ -17,9 +17,10 @@ PATIENCE_MS = 5000
 
 
 class TelemetryPublisher:
-    """An XPUB socket under the topics of the node `n1`."""
+    """An XPUB socket under the topics of a node."""
 
-    def __init__(self) -> None:
+    def __init__(self, node: str = "n1") -> None:
+        self._node = node
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.XPUB)
         self._socket.set(zmq.LINGER, 0)
@@ -46,7 +47,7 @@ class TelemetryPublisher:
         for record in records:
             assert isinstance(record, msgspec.Struct)
             stream = record.stream if isinstance(record, StreamStats) else None
-            topic = telemetry_topic(KINDS[type(record).__name__], "n1", stream)
+            topic = telemetry_topic(KINDS[type(record).__name__], self._node, stream)
             self._socket.send_multipart(encode_telemetry(topic, self._seqs[topic], record))
             self._seqs[topic] += 1
         return len(records)
