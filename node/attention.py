@@ -4,7 +4,7 @@ A query attends to each segment by itself, and the partial results are merged wi
 log-sum-exps give (the merge of FlashAttention and of FlashInfer's cascade attention). So a long past is read
 where it lies: no q x kv mask is built, and K and V are never repeated across the query heads.
 
-Shapes: queries (batch, heads, q_len, head_dim) as transformers hands them over; inside, the query heads of one
+Shapes: queries (batch, heads, q_len, head_dim) as the layers hand them over; inside, the query heads of one
 K/V head form a group: (batch, kv_heads, group, q_len, head_dim). Segments are (kv_len, kv_heads, head_dim).
 """
 
@@ -13,9 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
-
-IMPLEMENTATION = "onlooker_memory"
 
 _aten = torch.ops.aten
 
@@ -126,25 +123,6 @@ def _unfused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tup
     return ((scores - lse[..., None]).exp() @ v.float()).to(q.dtype), lse
 
 
-def _memory_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    memory: "MemoryPass",
-    **_: object,
-) -> tuple[Tensor, None]:
-    """The attention function of the language model: the pass that comes with the call decides what is seen.
-
-    Returns (batch, q_len, heads, head_dim), as transformers expects.
-    """
-    assert attention_mask is None, "what is visible is the pass's business; no mask may be built"
-    return memory.attend(module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
-
-
 class MemoryPass:
     """One forward pass through the language model: what it writes, and what it may see."""
 
@@ -154,7 +132,3 @@ class MemoryPass:
         Keys come rotated. Returns (batch, n, heads, head_dim).
         """
         raise NotImplementedError
-
-
-# A name that transformers' mask registry does not know: so no mask is ever made for it.
-AttentionInterface.register(IMPLEMENTATION, _memory_attention)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,21 +15,16 @@ from transformers.utils.hub import cached_file
 
 from .adapter import Family, family_of, require_known
 from .arena import KVShape
-from .attention import IMPLEMENTATION, MemoryPass
+from .attention import MemoryPass
+from .language import LanguageModel
 from .layout import Format, Span
 from .preprocess import PatchGeometry, to_patches
+from .vision import Vision, VisionTower, align_mlps
 
 BUILTIN = Path(__file__).parent / "builtin"
 NOTICE_FILE = "notice.txt"
 SMALL_MODEL_BYTES = 64 << 20
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class Vision(NamedTuple):
-    """What the vision tower makes of a chunk."""
-
-    embeds: Tensor  # (num_tokens, hidden)
-    deepstack: list[Tensor] | None  # one (num_tokens, hidden) for each of the first language layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +53,11 @@ class VisionLanguageModel:
         self.notice = notice
         self.geometry = _geometry(self.config.vision_config, self.family, processor)
         self.kv_shape = self._kv_shape()
-        model.set_attn_implementation({"text_config": IMPLEMENTATION, "vision_config": "sdpa"})
+        self.tower = VisionTower(self._core.visual)
+        self._is_tower_whole = self.tower.is_whole  # if not, transformers' own forward finds its way over devices
+        if self.device.type == "cuda" and self._is_tower_whole:
+            align_mlps(self._core.visual)
+        self.language = LanguageModel(self._core.language_model, self.config.text_config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,24 +102,27 @@ class VisionLanguageModel:
     @torch.inference_mode()
     def see(self, patches: Tensor, grid: tuple[int, int, int]) -> Vision:
         """Run the vision tower over patches of one chunk; grid is (temporal, height, width) in patches."""
-        grid_thw = torch.tensor([grid], device=patches.device)
-        out = self._core.visual(patches.to(self._core.visual.dtype), grid_thw=grid_thw, return_dict=True)
-        deepstack = getattr(out, "deepstack_features", None)
-        return Vision(out.pooler_output, list(deepstack) if deepstack else None)
+        if not self._is_tower_whole:
+            grid_thw = torch.tensor([grid], device=patches.device)
+            out = self._core.visual(patches.to(self._core.visual.dtype), grid_thw=grid_thw, return_dict=True)
+            return Vision(out.pooler_output, getattr(out, "deepstack_features", None))
+        return self.tower.see(patches, grid)
 
     @torch.inference_mode()
     def read(self, span: Span, memory: MemoryPass, vision: Vision | None = None) -> Tensor:
         """Run the language model over one span; returns its hidden states (n, hidden)."""
         ids = torch.from_numpy(span.ids).to(self.device)
         embeds = self._core.get_input_embeddings()(ids)[None]
-        extra: dict[str, Any] = {}
+        deepstack: list[Tensor] = []
         if vision is not None:
-            visual = torch.from_numpy(span.visual).to(self.device)
-            embeds = embeds.masked_scatter(visual[None, :, None], vision.embeds.to(embeds))
-            if vision.deepstack is not None:
-                extra = {"visual_pos_masks": visual[None], "deepstack_visual_embeds": vision.deepstack}
+            rows = torch.from_numpy(np.flatnonzero(span.visual)).to(self.device)
+            embeds[0, rows] = vision.embeds.to(embeds)
+            for features in vision.deepstack or ():
+                added = torch.zeros_like(embeds)
+                added[0, rows] = features.to(embeds)
+                deepstack.append(added)
         positions = torch.from_numpy(span.positions).to(self.device)[:, None]
-        return self._run(embeds, positions, memory, **extra)[0]
+        return self.language.run(embeds, positions, memory, deepstack)[0]
 
     @torch.inference_mode()
     def read_batch(self, ids: np.ndarray, positions: np.ndarray, memory: MemoryPass) -> Tensor:
@@ -130,18 +132,12 @@ class VisionLanguageModel:
         """
         embeds = self._core.get_input_embeddings()(torch.from_numpy(ids).to(self.device))
         axes = torch.from_numpy(positions).to(self.device).expand(3, -1, -1)
-        return self._run(embeds, axes, memory)
+        return self.language.run(embeds, axes, memory)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., vocabulary), float32."""
         return self._model.lm_head(hidden).float()
-
-    def _run(self, embeds: Tensor, positions: Tensor, memory: MemoryPass, **extra: Any) -> Tensor:
-        out = self._core.language_model(
-            inputs_embeds=embeds, position_ids=positions, use_cache=False, memory=memory, **extra
-        )
-        return out.last_hidden_state
 
     @torch.inference_mode()
     def encode(self, frames: Sequence[np.ndarray], size: tuple[int, int], span: Span, memory: MemoryPass) -> StageTimes:

@@ -26,16 +26,16 @@ from torch import Tensor
 from ..protocol.messages import Ask
 from .adapter import FAMILIES
 from .answer import GrowingAnswer, decode
-from .attention import IMPLEMENTATION
 from .branch import Branch, Scratch
 from .chunk import CHUNK_FRAMES, Chunk, Picture
 from .layout import Span
 from .memory import StreamMemory
-from .model import Vision, VisionLanguageModel, load_model, use_few_threads
+from .model import VisionLanguageModel, load_model, use_few_threads
 from .options import StreamOptions
 from .passes import Prefill
 from .preprocess import to_patches
 from .random_checkpoint import write_checkpoint
+from .vision import Vision
 
 _FRAME_NS = 500_000_000  # two frames a second: whole positions at every known tokens_per_second
 _NUM_FRAMES = 24  # a multiple of every chunk size
@@ -158,17 +158,13 @@ def _positioned(ids: np.ndarray, model: VisionLanguageModel, grid: tuple[int, in
 def reference_run(
     model: VisionLanguageModel, span: Span, frames: np.ndarray, chunk_frames: int, grid: tuple[int, int]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """One forward pass with transformers' eager attention and its own cache.
+    """One forward pass with transformers' own code, its eager attention and its cache.
 
     frames (num, height, width, 3). Returns logits (n, vocabulary), and K and V by layer, (n, kv_heads, head_dim).
     """
-    network = model._model
-    network.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
-    try:
-        with torch.inference_mode():
-            return _eager(model, span, _seen_at_once(model, frames, chunk_frames, grid))
-    finally:
-        network.set_attn_implementation({"text_config": IMPLEMENTATION, "vision_config": "sdpa"})
+    model._model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+    with torch.inference_mode():
+        return _eager(model, span, _seen_at_once(model, frames, chunk_frames, grid))
 
 
 def _eager(model: VisionLanguageModel, span: Span, vision: Vision) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -191,7 +187,7 @@ def _eager(model: VisionLanguageModel, span: Span, vision: Vision) -> tuple[Tens
 
 
 def _seen_at_once(model: VisionLanguageModel, frames: np.ndarray, chunk_frames: int, grid: tuple[int, int]) -> Vision:
-    """The vision tower over the whole video in one call (image mode: over each frame, as an image)."""
+    """Transformers' vision tower over the whole video in one call (image mode: over each frame, as an image)."""
     geometry = model.geometry
     size = (grid[1] * geometry.factor, grid[0] * geometry.factor)
     pixels = torch.from_numpy(frames).to(model.device)
@@ -199,7 +195,10 @@ def _seen_at_once(model: VisionLanguageModel, frames: np.ndarray, chunk_frames: 
         pixels = pixels.repeat_interleave(geometry.temporal_patch, dim=0)
     patches = to_patches(pixels, size, geometry)
     temporal = len(pixels) // geometry.temporal_patch
-    return model.see(patches, (temporal, grid[0] * geometry.merge, grid[1] * geometry.merge))
+    tower = model._model.model.visual
+    grid_thw = torch.tensor([[temporal, grid[0] * geometry.merge, grid[1] * geometry.merge]], device=model.device)
+    out = tower(patches.to(tower.dtype), grid_thw=grid_thw, return_dict=True)
+    return Vision(out.pooler_output, getattr(out, "deepstack_features", None))
 
 
 # --------------------------------------------------------------------------------------------- no trace
@@ -295,21 +294,26 @@ def _fail_in_chunk(model: VisionLanguageModel, memory: StreamMemory, chunk: Chun
 
 
 class _broken_layer:
-    """Makes the last layer of the language model raise once the layers before it have written."""
+    """Makes the last layer of the language model raise once all layers have written."""
 
     def __init__(self, model: VisionLanguageModel) -> None:
-        self._layer = model._model.model.language_model.layers[-1].mlp
+        self._language = model.language
+        self._sound = model.language.after
+        self._num_left = model.kv_shape.num_layers
 
     def __enter__(self) -> None:
-        self._hook = self._layer.register_forward_pre_hook(self._break)
+        self._language.after = self._break
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        self._hook.remove()
+        self._language.after = self._sound
         assert kind is not None, "the planted failure did not happen"
         return kind is _BrokenPass
 
-    def _break(self, *_: object) -> None:
-        raise _BrokenPass
+    def _break(self, *args: Any) -> Tensor:
+        self._num_left -= 1
+        if self._num_left == 0:
+            raise _BrokenPass
+        return self._sound(*args)
 
 
 # ------------------------------------------------------------------------------------- bytes, together

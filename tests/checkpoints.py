@@ -12,9 +12,10 @@ from onlooker.node.attention import MemoryPass
 from onlooker.node.chunk import Chunk, Picture
 from onlooker.node.layout import Span
 from onlooker.node.memory import StreamMemory
-from onlooker.node.model import Vision, VisionLanguageModel, load_model
+from onlooker.node.model import VisionLanguageModel, load_model
 from onlooker.node.options import StreamOptions
 from onlooker.node.random_checkpoint import write_checkpoint
+from onlooker.node.vision import Vision
 
 torch.set_num_threads(1)  # models this small only lose by more, and much when the machine is busy
 

@@ -1,10 +1,8 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers.masking_utils import AttentionMaskInterface
 
 from onlooker.node.attention import (
-    IMPLEMENTATION,
     Partial,
     attend_causal,
     attend_ragged,
@@ -133,7 +131,3 @@ def test_a_float32_query_row_is_the_same_alone_and_among_others():
     for row in range(4):
         alone = merge([attend_shared(grouped(query[row : row + 1], KV_HEADS), key, value, SCALE)])
         assert distance(alone[0], together[row]) <= 1e-6
-
-
-def test_transformers_makes_no_mask_for_this_attention():
-    assert IMPLEMENTATION not in AttentionMaskInterface()

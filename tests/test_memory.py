@@ -12,9 +12,10 @@ from onlooker.node.attention import MemoryPass
 from onlooker.node.chunk import Chunk, ChunkRefused
 from onlooker.node.layout import LAYOUTS, LayoutState, Patches, Span
 from onlooker.node.memory import StreamMemory
-from onlooker.node.model import Vision, VisionLanguageModel
+from onlooker.node.model import VisionLanguageModel
 from onlooker.node.options import StreamOptions
 from onlooker.node.passes import Prefill
+from onlooker.node.vision import Vision
 
 
 @pytest.fixture
