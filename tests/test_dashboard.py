@@ -246,7 +246,8 @@ def test_every_alert_is_raised_by_what_it_is_about(watched: Watched, name: str) 
 @needs_prometheus
 def test_what_people_read_of_an_alert_names_the_stream_and_the_figure(watched: Watched) -> None:
     wanted = "95% of it are in use. Once it is full, new frames are dropped."
-    texts = until(lambda: wanted in (texts := watched.prometheus.annotations()) and texts, 15)
+    until(lambda: wanted in watched.prometheus.annotations(), 15)
+    texts = watched.prometheus.annotations()
     assert "Stream gate of node n1 is offline" in texts
     assert not [text for text in texts if "error" in text or "<no value>" in text]
 
