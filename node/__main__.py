@@ -17,6 +17,7 @@ from typing import NoReturn, Protocol
 
 from ..protocol.errors import OnlookerError
 from .config import ConfigError, NodeConfig, load, parse_setting
+from .config_text import config_text
 from .engine_protocol import EngineProtocol
 from .logs import configure
 from .node import EngineFailedError, Node, StartError
@@ -41,6 +42,9 @@ LoadEngine = Callable[[NodeConfig], ClosableEngine]
 def main(argv: Sequence[str] | None = None, load_engine: LoadEngine | None = None) -> int:
     """Run until a signal; return the exit status."""
     arguments = _parser().parse_args(argv)
+    if arguments.print_config:
+        print(config_text(), end="")
+        return 0
     try:
         config = _configured(arguments)
         configure(config.log.level, config.log.format)
@@ -132,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="onlooker node",
         description="Remember what cameras show, and answer questions about it over ZeroMQ.",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="a node.toml; launch/node.toml explains every key")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a node.toml; see --print-config")
     parser.add_argument("--model", help="a folder, a hub id, or builtin")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or balanced")
     parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
@@ -142,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--insecure", action="store_true", help="allow to listen beyond this machine without CURVE")
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
+    parser.add_argument("--print-config", action="store_true", help="print a node.toml with every setting, and exit")
     parser.add_argument("--print-ready", action="store_true", help="print one line of JSON once it takes questions")
     return parser
 

@@ -125,12 +125,12 @@ class _Section(BaseModel):
 
 
 class Endpoints(_Section):
-    """Where the node listens."""
+    """Where the node listens: tcp://host:port, where port * picks a free one, or ipc:///path."""
 
-    frames: Endpoint = FRAMES_ENDPOINT
-    ask: Endpoint = ASK_ENDPOINT
-    control: Endpoint = CONTROL_ENDPOINT
-    telemetry: Endpoint = TELEMETRY_ENDPOINT
+    frames: Endpoint = Field(default=FRAMES_ENDPOINT, description="cameras that connect publish here")
+    ask: Endpoint = Field(default=ASK_ENDPOINT, description="questions")
+    control: Endpoint = Field(default=CONTROL_ENDPOINT, description="ping, status, streams, reset, marks")
+    telemetry: Endpoint = Field(default=TELEMETRY_ENDPOINT, description="records for dashboards")
 
     @model_validator(mode="after")
     def _check_distinct(self) -> "Endpoints":
@@ -144,10 +144,22 @@ class Endpoints(_Section):
 class Security(_Section):
     """Who may connect."""
 
-    curve: Literal["off", "required"] = "off"
-    server_key: Path | None = None  # the node's secret key file
-    client_keys: Path | None = None  # folder of public keys, one *.key file a client
-    insecure: bool = False
+    curve: Literal["off", "required"] = Field(
+        default="off", description='"required": every socket is encrypted and only listed keys may connect'
+    )
+    server_key: Path | None = Field(
+        default=None,
+        description="this node's secret key, written by `onlooker keygen`",
+        examples=["/etc/onlooker/node.key_secret"],
+    )
+    client_keys: Path | None = Field(
+        default=None,
+        description="folder of allowed public keys, one *.key file each",
+        examples=["/etc/onlooker/clients"],
+    )
+    insecure: bool = Field(
+        default=False, description="true: listen beyond this machine with curve off; warned about at every start"
+    )
 
     @model_validator(mode="after")
     def _check_keys(self) -> "Security":
@@ -161,56 +173,99 @@ class Security(_Section):
 class Questions(_Section):
     """Limits of what clients may ask."""
 
-    max_waiting: Count = 32
-    max_per_client: Count = 4
-    max_concurrent: Count = 8
-    default_deadline_s: Seconds = 60.0
-    max_new_tokens: Count = 1024
-    max_question_chars: Count = 8192
-    max_options: Annotated[Count, Field(ge=2)] = 32
-    scratch_tokens: Annotated[Count, Field(ge=MIN_SCRATCH_TOKENS)] = 2048
+    max_waiting: Count = Field(default=32, description="questions that wait for the engine; one more is answered BUSY")
+    max_per_client: Count = Field(
+        default=4, description="of one session or connection, waiting and running; one more is answered BUSY"
+    )
+    max_concurrent: Count = Field(default=8, description="questions decoded together")
+    default_deadline_s: Seconds = Field(default=60.0, description="for requests that name no deadline")
+    max_new_tokens: Count = Field(default=1024, description="the longest answer a client may ask for")
+    max_question_chars: Count = Field(default=8192, description="a longer question is answered TOO_LARGE")
+    max_options: Annotated[Count, Field(ge=2)] = Field(default=32, description="options of a multiple choice")
+    scratch_tokens: Annotated[Count, Field(ge=MIN_SCRATCH_TOKENS)] = Field(
+        default=2048,
+        description=f"private memory of each question, for its words and its answer; {MIN_SCRATCH_TOKENS} or more",
+    )
 
 
 class StreamLimits(_Section):
-    """What all streams may take together."""
+    """What all streams may take together; a stream beyond that is not added."""
 
-    max_streams: Count = 16
-    max_memory_bytes: Bytes | None = None
+    max_streams: Count = Field(default=16, description="how many there may be")
+    max_memory_bytes: Bytes | None = Field(
+        default=None,
+        description="sum of their memory_bytes; without it, on the CPU half of the memory the machine has left",
+        examples=["8GiB"],
+    )
 
 
 class StreamDefaults(_Section):
     """Settings of every stream that does not say otherwise."""
 
-    fps: Annotated[float, BeforeValidator(_whole_number), Field(gt=0, allow_inf_nan=False)] | None = None
-    stride: Count = 1
-    chunk_frames: Annotated[int, AfterValidator(_checked_chunk_frames)] = 4
-    layout: Literal["native", "turns"] = "native"
-    min_pixels: Pixels | None = None
-    max_pixels: Pixels | None = None
-    encode_size: tuple[Pixels, Pixels] | None = None
-    memory_bytes: Bytes = ByteSize(1 << 30)
-    ring_frames: Count = 64
-    camera_key: Path | None = None
+    fps: Annotated[float, BeforeValidator(_whole_number), Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="frames per second to keep; without it, all of them", examples=[2.0]
+    )
+    stride: Count = Field(default=1, description="keep every n-th frame")
+    chunk_frames: Annotated[int, AfterValidator(_checked_chunk_frames)] = Field(
+        default=4, description="frames encoded together: 1 (images), 2 (least delay), 4, 6 or 8 (most throughput)"
+    )
+    layout: Literal["native", "turns"] = Field(
+        default="native", description="native: one open video; turns: a user turn for each chunk"
+    )
+    min_pixels: Pixels | None = Field(
+        default=None,
+        description="encode size: smaller frames are enlarged; without it, the model's own bound",
+        examples=[3136],
+    )
+    max_pixels: Pixels | None = Field(
+        default=None,
+        description="encode size: larger frames are reduced; without it, the model's own bound",
+        examples=[602112],
+    )
+    encode_size: tuple[Pixels, Pixels] | None = Field(
+        default=None,
+        description="encode every frame at this width and height; wins over the pixel bounds",
+        examples=[[640, 360]],
+    )
+    memory_bytes: Bytes = Field(
+        default=ByteSize(1 << 30), description="keys and values, reserved when the stream is added"
+    )
+    ring_frames: Count = Field(
+        default=64, description="frames that wait to be sampled; the oldest is dropped for a new one"
+    )
+    camera_key: Path | None = Field(
+        default=None,
+        description='public key of a camera to connect to; needed with curve = "required", and only then allowed',
+        examples=["/etc/onlooker/cameras/gate.key"],
+    )
 
 
 class Stream(StreamDefaults):
     """One stream the node starts with; what is not set follows the defaults."""
 
-    name: Name
-    connect: Annotated[Endpoint, AfterValidator(_checked_peer)] | None = None
+    name: Name = Field(description="in the topics of its frames", examples=["gate"])
+    connect: Annotated[Endpoint, AfterValidator(_checked_peer)] | None = Field(
+        default=None,
+        description="a camera that binds; ipc:///path is allowed here, not over the wire",
+        examples=["tcp://192.168.1.20:5555"],
+    )
 
 
 class Telemetry(_Section):
     """How often records are published."""
 
-    period_s: Annotated[Seconds, Field(ge=0.05, le=60)] = 1.0
+    period_s: Annotated[Seconds, Field(ge=0.05, le=60)] = Field(
+        default=1.0, description="seconds between two of one topic"
+    )
 
 
 class Log(_Section):
     """What is written to standard error."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="debug, info, warning or error"
+    )
+    format: Literal["text", "json"] = Field(default="text", description="text or json, one line each")
 
 
 def host_slug() -> str:
@@ -223,10 +278,20 @@ class NodeConfig(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_nested_delimiter="__")
 
-    name: Name = Field(default_factory=host_slug)
-    model: Annotated[str, Field(min_length=1)] = "builtin"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: Annotated[str, AfterValidator(_checked_device)] = "auto"
+    name: Name = Field(
+        default_factory=host_slug,
+        description="in topics and replies; without it, the name of the host",
+        examples=["gate"],
+    )
+    model: Annotated[str, Field(min_length=1)] = Field(
+        default="builtin", description='a folder, a hub id such as Qwen/Qwen2.5-VL-3B-Instruct, or "builtin"'
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto (as the weights are stored), float32, bfloat16 or float16"
+    )
+    device: Annotated[str, AfterValidator(_checked_device)] = Field(
+        default="auto", description="auto, cpu, cuda, cuda:N, or balanced: spread over several GPUs by accelerate"
+    )
     endpoints: Endpoints = Endpoints()
     security: Security = Security()
     questions: Questions = Questions()

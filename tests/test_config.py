@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from onlooker.node.__main__ import main
 from onlooker.node.config import ConfigError, NodeConfig, Stream, load, parse_setting
+from onlooker.node.config_text import config_text
 from onlooker.node.options import StreamOptions
 from onlooker.protocol.errors import NodeError
 from onlooker.protocol.messages import StreamSpec
@@ -38,6 +40,12 @@ def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, ty
 
 def test_the_shipped_file_holds_the_defaults():
     assert load(SHIPPED) == NodeConfig()
+
+
+def test_the_shipped_file_is_the_one_that_is_made(capsys: pytest.CaptureFixture[str]):
+    assert SHIPPED.read_text() == config_text()
+    assert main(["--print-config"]) == 0
+    assert capsys.readouterr().out == config_text()
 
 
 def test_the_shipped_file_explains_every_setting():
