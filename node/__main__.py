@@ -21,6 +21,7 @@ from .config_text import config_text
 from .engine_protocol import EngineProtocol
 from .logs import configure
 from .node import EngineFailedError, Node, StartError
+from .service import Service
 from .signals import Interrupted, Signals
 
 logger = logging.getLogger("onlooker.node")  # not `__main__`, which is nobody's name
@@ -59,20 +60,24 @@ def main(argv: Sequence[str] | None = None, load_engine: LoadEngine | None = Non
 
 def _run(node: Node, config: NodeConfig, load_engine: LoadEngine, signals: Signals, *, print_ready: bool) -> int:
     engine: ClosableEngine | None = None
+    service = Service()
     try:
         node.start()
+        service.loading(config.model)
         with signals.interrupting():
             engine = _loaded(config, load_engine)
             node.attach(engine)
         if print_ready:
             _print_ready(node, config)
-        node.run()
+        service.ready()
+        node.run(service.observe)
     except Interrupted:
         logger.info("ended before it was ready")
     except (StartError, EngineFailedError) as error:
         logger.error("%s", error)
         return EXIT_FAILED
     finally:
+        service.stopping()
         node.close()
         if engine is not None:
             engine.close(ENGINE_CLOSE_S)

@@ -11,6 +11,7 @@ import msgspec
 import zmq
 
 from ..protocol.errors import NodeError, OnlookerError
+from ..protocol.messages import Pong
 from ..protocol.sockets import MAX_REQUEST_BYTES, bind, open_socket
 from .config import NodeConfig
 from .control import Control
@@ -125,9 +126,14 @@ class Node:
         facts = {"node": self._config.name, "model": model.name, "dtype": model.dtype, "device": model.device}
         logger.info("ready", extra={"facts": {**facts, **self._state.endpoints}})
 
-    def run(self) -> None:
-        """Wait until `request_stop`. Raises EngineFailedError if the engine ends before that."""
+    def run(self, observe: Callable[[Pong], None] | None = None) -> None:
+        """Wait until `request_stop`, and tell `observe` how the engine does, some times a second.
+
+        Raises EngineFailedError if the engine ends before that.
+        """
         while not self._should_stop.wait(ENGINE_CHECK_S):
+            if observe is not None:
+                observe(self._state.pong())
             if self._engine is not None and not self._engine.is_ready:
                 raise EngineFailedError("the engine has ended; the node cannot go on without it")
 
