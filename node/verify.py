@@ -2,6 +2,7 @@
 
     python -m onlooker.node.verify                  small random models of every family, made on the spot
     python -m onlooker.node.verify --model PATH     the given checkpoint, in float32
+    python -m onlooker.node.verify --answers        greedy answers too, word for word
 
 Four promises: chunk by chunk equals one pass over the whole prompt; a question, however it ends, leaves no
 trace, bit for bit; bytes are tokens x bytes per token and lie in the storage reserved for them; questions
@@ -9,6 +10,7 @@ answered together are answered as they would be alone. Prints a table, exits 1 o
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -28,16 +30,14 @@ from .adapter import FAMILIES
 from .answer import GrowingAnswer, decode
 from .branch import Branch, Scratch
 from .chunk import CHUNK_FRAMES, Chunk, Picture
-from .layout import Span
 from .memory import StreamMemory
 from .model import VisionLanguageModel, load_model, use_few_threads
+from .native_answers import compare_answers
 from .options import StreamOptions
 from .passes import Prefill
-from .preprocess import to_patches
 from .random_checkpoint import write_checkpoint
-from .vision import Vision
+from .reference import FRAME_NS, Film, read_at_once, whole_prompt
 
-_FRAME_NS = 500_000_000  # two frames a second: whole positions at every known tokens_per_second
 _NUM_FRAMES = 24  # a multiple of every chunk size
 _GRIDS = ((2, 3), (4, 3))  # merged tokens (rows, columns) of the two resolutions
 _QUESTION = "What did you see first, and what came after it?"
@@ -80,125 +80,29 @@ def _one_pass(
     model: VisionLanguageModel, layout: str, chunk_frames: int, grid: tuple[int, int], bound: float
 ) -> Iterator[Check]:
     case = f"{layout}, {chunk_frames} frames a chunk, {grid[0]}x{grid[1]} tokens"
-    frames = _frames(model, grid)
+    film = Film(_frames(model, grid), grid, layout, chunk_frames)
     memory = _memory(model, layout, chunk_frames)
-    for chunk in _chunks(frames, chunk_frames):
+    for chunk in _chunks(film.frames, chunk_frames):
         memory.append(chunk)
     question = memory.layout.question(memory.now.layout, _QUESTION)
     hidden = model.read(question, Prefill([memory.extent(memory.now)]))
     streamed = model.logits(hidden)
 
-    span = reference_prompt(model, layout, chunk_frames, grid)
-    one_pass, keys, values = reference_run(model, span, frames, chunk_frames, grid)
+    span = whole_prompt(model, film, _QUESTION)
     if len(span) != memory.now.num_tokens + len(question):
         yield Check("chunks = one pass, logits", model.name, case, math.inf, bound)
         return
-    yield Check("chunks = one pass, logits", model.name, case, _distance(streamed, one_pass[-len(question) :]), bound)
+    one_pass = read_at_once(model, span, film)
+    gap = _distance(streamed, one_pass.logits[-len(question) :])
+    yield Check("chunks = one pass, logits", model.name, case, gap, bound)
     num = memory.now.num_tokens
     extent = memory.extent(memory.now)
     gaps = [
         _distance(mine, theirs[:num])
         for layer in range(model.kv_shape.num_layers)
-        for mine, theirs in zip(extent.rows(layer), (keys[layer], values[layer]), strict=True)
+        for mine, theirs in zip(extent.rows(layer), one_pass.rows(layer), strict=True)
     ]
     yield Check("chunks = one pass, K and V", model.name, case, max(gaps), bound)
-
-
-def reference_prompt(model: VisionLanguageModel, layout: str, chunk_frames: int, grid: tuple[int, int]) -> Span:
-    """The whole prompt at once: one string through the tokenizer, positions from scanning its ids.
-
-    Written apart from `layout`, which it is the measure of.
-    """
-    form, (height, width) = model.format, grid
-    patch = ("<|image_pad|>" if chunk_frames == 1 else "<|video_pad|>") * (height * width)
-    per_block = max(1, chunk_frames // 2)
-    num_patches = _NUM_FRAMES if chunk_frames == 1 else _NUM_FRAMES // 2
-    if form.style == "stamped":
-        step = 1 if chunk_frames == 1 else 2
-        middle = 0.0 if chunk_frames == 1 else 0.25
-        stamps = [k * step * _FRAME_NS / 1e9 + middle for k in range(num_patches)]
-        shown = [f"<{s:.1f} seconds><|vision_start|>{patch}<|vision_end|>" for s in stamps]
-    elif layout == "native" and chunk_frames > 1:
-        shown, per_block = ["<|vision_start|>" + patch * num_patches + "<|vision_end|>"], 1
-    else:
-        shown = ["<|vision_start|>" + patch * per_block + "<|vision_end|>"] * (num_patches // per_block)
-        per_block = 1
-    system = f"<|im_start|>system\n{form.system}<|im_end|>\n" if form.system else ""
-    blocks = ["".join(shown[i : i + per_block]) for i in range(0, len(shown), per_block)]
-    user, end = "<|im_start|>user\n", "<|im_end|>\n"
-    turns = "".join(user + block + end for block in blocks) + user
-    seen = turns if layout == "turns" else user + "".join(blocks)
-    ids = form.tokenize(f"{system}{seen}{_QUESTION}{end}<|im_start|>assistant\n")
-    return _positioned(np.array(ids), model, grid, _seconds_per_patch(chunk_frames))
-
-
-def _seconds_per_patch(chunk_frames: int) -> float:
-    return (1 if chunk_frames == 1 else 2) * _FRAME_NS / 1e9
-
-
-def _positioned(ids: np.ndarray, model: VisionLanguageModel, grid: tuple[int, int], seconds: float) -> Span:
-    """M-RoPE positions of a whole prompt, run by run of pad tokens; text goes on at the largest plus one."""
-    form, (height, width) = model.format, grid
-    visual = (ids == form.video_pad) | (ids == form.image_pad)
-    positions, at, next_position = np.zeros((3, len(ids)), dtype=np.int64), 0, 0
-    while at < len(ids):
-        if not visual[at]:
-            positions[:, at] = next_position
-            at, next_position = at + 1, next_position + 1
-            continue
-        stop = at + int(np.argmin(np.append(visual[at:], False)))
-        t, h, w = np.indices(((stop - at) // (height * width), height, width)).reshape(3, -1)
-        if form.tokens_per_second is not None:
-            t = np.floor(t * form.tokens_per_second * seconds).astype(np.int64)
-        positions[:, at:stop] = next_position + np.stack([t, h, w])
-        at, next_position = stop, int(positions[:, at:stop].max()) + 1
-    return Span(ids, positions, visual, next_position)
-
-
-def reference_run(
-    model: VisionLanguageModel, span: Span, frames: np.ndarray, chunk_frames: int, grid: tuple[int, int]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """One forward pass with transformers' own code, its eager attention and its cache.
-
-    frames (num, height, width, 3). Returns logits (n, vocabulary), and K and V by layer, (n, kv_heads, head_dim).
-    """
-    model._model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
-    with torch.inference_mode():
-        return _eager(model, span, _seen_at_once(model, frames, chunk_frames, grid))
-
-
-def _eager(model: VisionLanguageModel, span: Span, vision: Vision) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    core = model._model.model
-    visual = torch.from_numpy(span.visual).to(model.device)[None]
-    embeds = core.get_input_embeddings()(torch.from_numpy(span.ids).to(model.device))[None]
-    embeds = embeds.masked_scatter(visual[..., None], vision.embeds.to(embeds))
-    extra: dict[str, Any] = {}
-    if vision.deepstack is not None:
-        extra = {"visual_pos_masks": visual, "deepstack_visual_embeds": vision.deepstack}
-    out = core.language_model(
-        inputs_embeds=embeds,
-        position_ids=torch.from_numpy(span.positions).to(model.device)[:, None],
-        use_cache=True,
-        **extra,
-    )
-    layers = out.past_key_values.layers
-    logits = model.logits(out.last_hidden_state[0])
-    return logits, [x.keys[0].transpose(0, 1) for x in layers], [x.values[0].transpose(0, 1) for x in layers]
-
-
-def _seen_at_once(model: VisionLanguageModel, frames: np.ndarray, chunk_frames: int, grid: tuple[int, int]) -> Vision:
-    """Transformers' vision tower over the whole video in one call (image mode: over each frame, as an image)."""
-    geometry = model.geometry
-    size = (grid[1] * geometry.factor, grid[0] * geometry.factor)
-    pixels = torch.from_numpy(frames).to(model.device)
-    if chunk_frames == 1:
-        pixels = pixels.repeat_interleave(geometry.temporal_patch, dim=0)
-    patches = to_patches(pixels, size, geometry)
-    temporal = len(pixels) // geometry.temporal_patch
-    tower = model._model.model.visual
-    grid_thw = torch.tensor([[temporal, grid[0] * geometry.merge, grid[1] * geometry.merge]], device=model.device)
-    out = tower(patches.to(tower.dtype), grid_thw=grid_thw, return_dict=True)
-    return Vision(out.pooler_output, getattr(out, "deepstack_features", None))
 
 
 # --------------------------------------------------------------------------------------------- no trace
@@ -372,6 +276,13 @@ def _together(model: VisionLanguageModel, bound: float) -> Iterator[Check]:
     yield Check("together = alone, logits", model.name, "4 questions", gap, bound)
 
 
+def verify_answers(model: VisionLanguageModel) -> Iterator[Check]:
+    """Greedy answers from a memory against transformers' own to the whole prompt; the model is not used afterwards."""
+    for compared in compare_answers(model):
+        case = f"{compared.case}: {compared.num_same} of {compared.num} the same"
+        yield Check("answers = one pass, that differ", model.name, case, compared.num - compared.num_same, 0.0)
+
+
 # ---------------------------------------------------------------------------------------------- streams
 
 
@@ -394,7 +305,7 @@ def _frames(model: VisionLanguageModel, grid: tuple[int, int]) -> np.ndarray:
 
 
 def _chunks(frames: np.ndarray, chunk_frames: int) -> list[Chunk]:
-    pictures = [Picture(pixels, seq, seq * _FRAME_NS, "media", seq * _FRAME_NS) for seq, pixels in enumerate(frames)]
+    pictures = [Picture(pixels, seq, seq * FRAME_NS, "media", seq * FRAME_NS) for seq, pixels in enumerate(frames)]
     return [Chunk(tuple(pictures[i : i + chunk_frames])) for i in range(0, len(pictures), chunk_frames)]
 
 
@@ -434,13 +345,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--bound", type=float, default=BOUND, help="a large checkpoint sums more and may need more")
+    parser.add_argument("--answers", action="store_true", help="compare whole answers too, which takes a while longer")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     args = parser.parse_args(argv)
     transformers.logging.disable_progress_bar()
     checks: list[Check] = []
     for model in _models(args.model, args.device):
         use_few_threads(model)
-        for check in verify(model, args.bound):
+        answers = verify_answers(model) if args.answers else ()
+        for check in itertools.chain(verify(model, args.bound), answers):
             checks.append(check)
             if not args.json:
                 print(_row(check), flush=True)

@@ -24,7 +24,7 @@ ALLOWED = {"protocol": set(), "node": {"protocol"}, "tools": {"protocol"}, "trai
 # The files of node/ that compute; all others run on a machine without torch.
 COMPUTING = {
     *("answer", "arena", "attention", "branch", "choice", "decoding", "engine", "local", "memory", "model"),
-    *("passes", "preprocess", "random_checkpoint", "verify", "vram"),
+    *("native_answers", "passes", "preprocess", "random_checkpoint", "reference", "verify", "vram"),
 }
 
 

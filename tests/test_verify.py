@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 from checkpoints import FAMILIES, Checkpoints
 
+from onlooker.node import verify as verify_module
 from onlooker.node.arena import Arena
 from onlooker.node.layout import LAYOUTS, LayoutState, NativeLayout, Patches, Span
 from onlooker.node.memory import StreamMemory
-from onlooker.node.verify import Check, main, verify
+from onlooker.node.native_answers import Compared
+from onlooker.node.verify import Check, main, verify, verify_answers
 
 
 def missed(checks: list[Check]) -> set[str]:
@@ -57,6 +59,26 @@ def test_bytes_that_are_miscounted_are_found(checkpoints: Checkpoints, monkeypat
 
 def test_a_value_that_is_no_number_does_not_pass():
     assert not Check("a promise", "a model", "a case", float("nan"), 1e-5).passed
+
+
+def test_answers_that_differ_are_counted_and_found(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        verify_module, "compare_answers", lambda model: [Compared("native", 5, 5), Compared("turns", 4, 5)]
+    )
+    same, different = verify_answers(checkpoints.model("qwen2_vl"))
+    assert same.passed and not different.passed
+    assert (different.value, different.case) == (1, "turns: 4 of 5 the same")
+
+
+def test_whole_answers_are_compared_when_asked_for(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(verify_module, "verify", lambda model, bound: ())
+    monkeypatch.setattr(verify_module, "compare_answers", lambda model: [Compared("turns", 4, 5)])
+    arguments = ["--model", str(checkpoints.path("qwen2_vl")), "--device", "cpu"]
+    assert main([*arguments, "--answers"]) == 1
+    assert "turns: 4 of 5 the same" in capsys.readouterr().out
+    assert main(arguments) == 0
 
 
 def test_the_command_reports_as_json_and_by_its_status(checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]):
