@@ -56,9 +56,23 @@ class Arena:
         """Reserve the storage; raises torch.OutOfMemoryError (CUDA) or RuntimeError (CPU) if it can't be had."""
         self.shape = shape
         self.capacity = capacity
-        row = (capacity, shape.num_kv_heads, shape.head_dim)
-        self.keys = [torch.empty(row, dtype=shape.dtype, device=device) for device in shape.layer_devices]
-        self.values = [torch.empty(row, dtype=shape.dtype, device=device) for device in shape.layer_devices]
+        self.keys = self._reserve()
+        self.values = self._reserve()
+
+    def _reserve(self) -> list[Tensor]:
+        """A tensor for each layer; those of one device are one block of storage."""
+        shape, devices = self.shape, self.shape.layer_devices
+        row = (self.capacity, shape.num_kv_heads, shape.head_dim)
+        blocks = {
+            device: iter(torch.empty(devices.count(device), *row, dtype=shape.dtype, device=device))
+            for device in dict.fromkeys(devices)
+        }
+        return [next(blocks[device]) for device in devices]
+
+    @property
+    def layer_stride(self) -> int:
+        """Elements between a row of one layer and the same row of the next, where all are on one device."""
+        return self.capacity * self.shape.num_kv_heads * self.shape.head_dim
 
     def extent(self, start: int, stop: int) -> Extent:
         assert 0 <= start <= stop <= self.capacity, (start, stop, self.capacity)
