@@ -20,7 +20,7 @@ def test_every_command_is_listed() -> None:
     assert all(f" {name} " in out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("node", "verify")])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("node", "verify", "bench")])
 def test_every_command_has_help(name: str) -> None:
     ended = onlooker(name, "--help")
     assert ended.status == 0
