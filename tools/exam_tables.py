@@ -102,8 +102,8 @@ def _share_text(count: Count) -> str:
 
 
 def _comparison_table(rows: Sequence[SettingScore]) -> Table:
-    table = _table("The same stories in every setting", "layout", "frames a chunk", "right answers")
-    for column in ("frames", "tokens", "memory", "encoding a frame", "first token", "answer"):
+    table = _table("The same stories in every setting, frames a chunk", "layout", "chunk", "right")
+    for column in ("frames", "tokens", "memory", "encode a frame", "first token", "answer"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -126,23 +126,27 @@ def _ms_text(milliseconds: float) -> str:
 
 def _print_choices(console: Console, choices: ChoiceScore) -> None:
     ranked = _table("Choices, by the way to rank", "rank by", "right", "as the free answer")
-    ranked.add_column("wrong: shorter than the right one (blindly)")
-    ranked.add_column("wrong: longer (blindly)")
-    ranked.add_column("")
+    leans = _table(
+        "Wrong choices beside the right option's length in tokens, and as many as a blind pick would make",
+        "rank by",
+        "shorter",
+        "longer",
+        "",
+    )
     for row in choices.leans:
-        ranked.add_row(
-            f"{row.rank_by}{' (asked)' if row.rank_by == choices.rank_by else ''}",
-            _share_text(row.right),
-            _share_text(row.agreeing),
-            f"{row.num_shorter} ({row.shorter_expected:.1f}), p = {row.shorter_p:.2g}",
-            f"{row.num_longer} ({row.longer_expected:.1f}), p = {row.longer_p:.2g}",
+        name = f"{row.rank_by}{' (asked)' if row.rank_by == choices.rank_by else ''}"
+        ranked.add_row(name, _share_text(row.right), _share_text(row.agreeing))
+        leans.add_row(
+            name,
+            f"{row.num_shorter}, blindly {row.shorter_expected:.1f}, p = {row.shorter_p:.2g}",
+            f"{row.num_longer}, blindly {row.longer_expected:.1f}, p = {row.longer_p:.2g}",
             row.statement,
         )
-    console.print(ranked)
-    places = _table("Choices, by place in the list", "place", "chosen", "right one there", "chance of the difference")
+    places = _table("Choices by place in the list", "place", "chosen", "right one there", "by chance")
     for place in choices.places:
         places.add_row(str(place.index + 1), str(place.chosen), str(place.right), f"p = {place.p:.2g}")
-    console.print(places)
+    for table in (ranked, leans, places):
+        console.print(table)
     console.print("no place is preferred beyond chance" if choices.is_place_neutral else "A PLACE IS PREFERRED")
 
 
