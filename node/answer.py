@@ -11,7 +11,7 @@ from ..protocol.messages import Answer, AnswerTiming, Ask
 from .branch import Branch
 from .decoding import TextStream, TokenChooser
 from .model import VisionLanguageModel
-from .passes import DecodeStep
+from .passes import DecodeStep, Place
 
 
 class GrowingAnswer:
@@ -57,9 +57,12 @@ class GrowingAnswer:
     def newest_token(self) -> int:
         return self._ids[-1]
 
-    def accept(self, logits: Tensor) -> None:
-        """Choose the next token from logits (vocabulary,), and pass on the text that it makes certain."""
-        token = self._chooser.choose(self._ids, logits)
+    def accept(self, logits: Tensor, likeliest: int | None = None) -> None:
+        """Choose the next token from logits (vocabulary,), and pass on the text that it makes certain.
+
+        `likeliest` is the largest one's index, if it is known already.
+        """
+        token = self._chooser.choose(self._ids, logits, likeliest)
         if token in self._ends:
             self._end("stop")
             return
@@ -105,10 +108,18 @@ def timed(arrived: float, started: float, first_token: float) -> AnswerTiming:
 
 
 def decode(model: VisionLanguageModel, answers: Sequence[GrowingAnswer]) -> Tensor:
-    """One decode step for all of them together; returns logits (num_answers, vocabulary) for each to `accept`."""
-    positions = np.array([[answer.branch.next_position] for answer in answers])
-    ids = np.array([[answer.newest_token] for answer in answers])
-    step = DecodeStep([answer.branch.step() for answer in answers])
+    """One decode step for all of them together; returns logits (num_answers, vocabulary) for each to `accept`.
+
+    The logits are valid until the next step.
+    """
+    rows = [answer.branch.step(answer.newest_token) for answer in answers]
+    steps = answers[0].branch.steps
+    logits = None if steps is None else steps.decode(rows)
+    if logits is not None:
+        return logits
+    positions = np.array([[row.position] for row in rows])
+    ids = np.array([[row.token] for row in rows])
+    step = DecodeStep([Place(row.memory, row.own) for row in rows])
     return model.logits(model.read_batch(ids, positions, step)[:, 0])
 
 

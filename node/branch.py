@@ -15,7 +15,9 @@ from .layout import Span
 from .ledger import Snapshot
 from .memory import StreamMemory
 from .model import VisionLanguageModel
-from .passes import Place, Prefill
+from .passes import Prefill
+from .split_kv import Row
+from .steps import Steps, captured_steps
 
 LOGITS_AT_ONCE = 256  # rows over the whole vocabulary, in float32: 156 MB at 152 thousand tokens
 
@@ -25,7 +27,9 @@ class Scratch:
 
     def __init__(self, shape: KVShape, num_slots: int, slot_tokens: int) -> None:
         self.slot_tokens = slot_tokens
+        self.steps: Steps | None = None  # captured over this scratch, where the device has CUDA graphs
         self._arena = Arena(shape, num_slots * slot_tokens)
+        self._num_slots = num_slots
         self._free = list(range(num_slots))
 
     @property
@@ -35,6 +39,15 @@ class Scratch:
     @property
     def resident_bytes(self) -> int:
         return self._arena.resident_bytes
+
+    @property
+    def arena(self) -> Arena:
+        return self._arena
+
+    def capture_steps(self, model: VisionLanguageModel) -> None:
+        """Record the steps of this scratch as CUDA graphs, where that can be done. All slots must be free."""
+        assert self.num_free == self._num_slots, "the rows of an answer would be written to"
+        self.steps = captured_steps(model, self._arena, self._num_slots)
 
     def take(self) -> Extent:
         """The rows of a free slot; there must be one."""
@@ -68,12 +81,27 @@ class Branch:
         Raises NodeError TOO_LARGE if the slot has no room for it.
         """
         self.require_room(len(span))
-        start = self._slot.start + self.num_own
-        memory = Prefill([self.memory.extent(self.snapshot), self.own], (self._slot.arena, start))
-        hidden = self._model.read(span, memory)
+        logits = self._step_of(span)
+        if logits is None:
+            start = self._slot.start + self.num_own
+            memory = Prefill([self.memory.extent(self.snapshot), self.own], (self._slot.arena, start))
+            logits = self._model.logits(self._model.read(span, memory)[-1])
         self.num_own += len(span)
         self.next_position = span.next_position
-        return self._model.logits(hidden[-1])
+        return logits
+
+    def _step_of(self, span: Span) -> Tensor | None:
+        """Prefill a span as one captured step; None if there is none for it."""
+        steps = self._scratch.steps
+        if steps is None or span.visual.any():
+            return None
+        positions = span.positions[0].tolist()  # text has one position on all axes
+        memory, own = self.memory.extent(self.snapshot), self.own
+        rows = [
+            Row(token, position, memory, own._replace(stop=own.stop + number + 1))
+            for number, (token, position) in enumerate(zip(span.ids.tolist(), positions, strict=True))
+        ]
+        return steps.question(rows)
 
     def prefill_unseen(self, span: Span) -> Tensor:
         """Start the branch over with a span that sees nothing of the memory; returns logits like `prefill`."""
@@ -102,11 +130,17 @@ class Branch:
         logits = self._model.logits(hidden)
         return logits.gather(-1, targets.to(logits.device)[:, None])[:, 0] - logits.logsumexp(-1)
 
-    def step(self) -> Place:
-        """Take one more row for the token that the next decode step reads, and say where it stands."""
+    def step(self, token: int) -> Row:
+        """Take one more row for a token that the next decode step reads, and say where it stands."""
+        position = self.next_position
         self.num_own += 1
         self.next_position += 1
-        return Place(self.memory.extent(self.snapshot), self.own)
+        return Row(token, position, self.memory.extent(self.snapshot), self.own)
+
+    @property
+    def steps(self) -> Steps | None:
+        """The captured steps of the scratch."""
+        return self._scratch.steps
 
     @property
     def slot_tokens(self) -> int:

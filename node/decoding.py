@@ -26,10 +26,10 @@ class TokenChooser:
         else:
             self._generator.manual_seed(seed)
 
-    def choose(self, ids: Sequence[int], logits: Tensor) -> int:
-        """The next token after `ids`; logits (vocabulary,)."""
+    def choose(self, ids: Sequence[int], logits: Tensor, likeliest: int | None = None) -> int:
+        """The next token after `ids`; logits (vocabulary,), `likeliest` the largest one's index if it is known."""
         if self._is_greedy:
-            return int(logits.argmax())
+            return int(logits.argmax()) if likeliest is None else likeliest
         scores = self._processors(torch.tensor([ids], device=logits.device), logits[None])  # type: ignore[arg-type]
         # Drawn on the CPU, so that a seed gives the same answer on every device.
         return int(torch.multinomial(scores[0].softmax(-1).cpu(), 1, generator=self._generator))

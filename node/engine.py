@@ -485,14 +485,15 @@ class Engine:
         questions = list(self._running)
         try:
             logits = decode(self._model, [_growing(question) for question in questions])
+            likeliest = logits.argmax(-1).tolist()  # the one wait for the device of a step
         except Exception as error:
             for question in questions:
                 self._end(question, error)
             return
-        for question, row in zip(questions, logits, strict=True):
+        for question, row, token in zip(questions, logits, likeliest, strict=True):
             answer = _growing(question)
             try:
-                answer.accept(row)
+                answer.accept(row, token)
                 outcome = answer.result() if answer.finish else None
             except Exception as error:
                 outcome = error

@@ -111,8 +111,7 @@ class VisionLanguageModel:
     @torch.inference_mode()
     def read(self, span: Span, memory: MemoryPass, vision: Vision | None = None) -> Tensor:
         """Run the language model over one span; returns its hidden states (n, hidden)."""
-        ids = torch.from_numpy(span.ids).to(self.device)
-        embeds = self._core.get_input_embeddings()(ids)[None]
+        embeds = self.embed(torch.from_numpy(span.ids).to(self.device))[None]
         deepstack: list[Tensor] = []
         if vision is not None:
             rows = torch.from_numpy(np.flatnonzero(span.visual)).to(self.device)
@@ -130,9 +129,14 @@ class VisionLanguageModel:
 
         Text has one position on all three axes. Returns hidden states (batch, n, hidden).
         """
-        embeds = self._core.get_input_embeddings()(torch.from_numpy(ids).to(self.device))
+        embeds = self.embed(torch.from_numpy(ids).to(self.device))
         axes = torch.from_numpy(positions).to(self.device).expand(3, -1, -1)
         return self.language.run(embeds, axes, memory)
+
+    @torch.inference_mode()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings (..., hidden) of token ids on the device."""
+        return self._core.get_input_embeddings()(ids)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -83,8 +83,8 @@ class SplitAttention:
         row = self._shape.num_kv_heads * self._shape.head_dim
         base, size = self._scratch.keys[0].data_ptr(), self._shape.dtype.itemsize
         key, value = ((t[0].data_ptr() - base) // size + start * row for t in (arena.keys, arena.values))
-        splits = (self._memory_splits, _OWN_SPLITS) if tile.is_own else (0, self._memory_splits)
-        return key, value, arena.layer_stride, *splits
+        first, num = (self._memory_splits, _OWN_SPLITS) if tile.is_own else (0, self._memory_splits)
+        return key, value, arena.layer_stride, first, num
 
     def attend(self, layer: int, query: Tensor, tables: Tensor, scale: float) -> Tensor:
         """Attention of query (num_rows, heads, head_dim), contiguous, by tables (table_size,); needs Triton."""
