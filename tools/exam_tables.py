@@ -74,7 +74,7 @@ def _kinds_table(score: Score, in_storm: Score | None) -> Table:
     table = _table("Right answers by kind", "kind", *layouts, "all")
     stormy = {row.kind: row.all for row in in_storm.kinds} if in_storm else {}
     if in_storm:
-        table.add_column("all, in the storm")
+        table.add_column("in the storm")
     for row in score.kinds:
         again = [_share_text(stormy[row.kind])] if stormy else []
         table.add_row(row.kind, *_cells(row.by_layout, layouts), _share_text(row.all), *again)
@@ -129,8 +129,8 @@ def _print_choices(console: Console, choices: ChoiceScore) -> None:
     leans = _table(
         "Wrong choices beside the right option's length in tokens, and as many as a blind pick would make",
         "rank by",
-        "shorter",
-        "longer",
+        "shorter, blindly",
+        "longer, blindly",
         "",
     )
     for row in choices.leans:
@@ -138,8 +138,8 @@ def _print_choices(console: Console, choices: ChoiceScore) -> None:
         ranked.add_row(name, _share_text(row.right), _share_text(row.agreeing))
         leans.add_row(
             name,
-            f"{row.num_shorter}, blindly {row.shorter_expected:.1f}, p = {row.shorter_p:.2g}",
-            f"{row.num_longer}, blindly {row.longer_expected:.1f}, p = {row.longer_p:.2g}",
+            f"{row.num_shorter}, {row.shorter_expected:.1f} (p = {row.shorter_p:.2g})",
+            f"{row.num_longer}, {row.longer_expected:.1f} (p = {row.longer_p:.2g})",
             row.statement,
         )
     places = _table("Choices by place in the list", "place", "chosen", "right one there", "by chance")
