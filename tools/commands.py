@@ -32,6 +32,7 @@ COMMANDS = {
     "ask": Entry("ask", "Ask about what a stream has shown."),
     "watch": Entry("watch", "Watch the memory, VRAM, frames and questions of a node."),
     "metrics": Entry("metrics", "Export the figures of a node to Prometheus, with /livez and /readyz."),
+    "web": Entry("web", "Watch, feed and ask a node in the browser."),
     "status": Entry("memory", "Say what a node is and how it does."),
     "streams": Entry("memory", "List the streams of a node and what is remembered of each."),
     "add": Entry("memory", "Add a stream to a node, which reserves its memory."),

@@ -13,7 +13,7 @@ from .commands import EXIT_FAILED
 
 CONTEXT_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
-_MODULES = ("torch", "transformers", "accelerate", "cv2", "pydantic_settings")
+NODE_MODULES = ("torch", "transformers", "accelerate", "cv2", "pydantic_settings")
 
 
 def node(context: typer.Context) -> None:
@@ -30,7 +30,7 @@ def exec_node(module: str, args: list[str]) -> None:
 
 def require_node() -> None:
     """Exit with a word on what to install, if something a node needs is missing."""
-    missing = [module for module in _MODULES if importlib.util.find_spec(module) is None]
+    missing = [module for module in NODE_MODULES if importlib.util.find_spec(module) is None]
     if missing:
         install = "pip install 'onlooker[node]'"
         typer.echo(f"onlooker: a node needs {', '.join(missing)}; install it with: {install}", err=True)
