@@ -106,6 +106,7 @@ def _load_engine(config: NodeConfig) -> ClosableEngine:
         model=config.model,
         dtype=config.dtype,
         device=config.device,
+        compile=config.compile,
         max_concurrent_questions=config.questions.max_concurrent,
         max_waiting_questions=config.questions.max_waiting,
         scratch_tokens=config.questions.scratch_tokens,

@@ -112,8 +112,13 @@ def decode(model: VisionLanguageModel, answers: Sequence[GrowingAnswer]) -> Tens
 
     The logits are valid until the next step.
     """
-    rows = [answer.branch.step(answer.newest_token) for answer in answers]
-    steps = answers[0].branch.steps
+    return decode_tokens(model, [(answer.newest_token, answer.branch) for answer in answers])
+
+
+def decode_tokens(model: VisionLanguageModel, tokens: Sequence[tuple[int, Branch]]) -> Tensor:
+    """Like `decode`, for the token that each branch goes on with."""
+    rows = [branch.step(token) for token, branch in tokens]
+    steps = tokens[0][1].steps
     logits = None if steps is None else steps.decode(rows)
     if logits is not None:
         return logits

@@ -292,6 +292,10 @@ class NodeConfig(BaseSettings):
     device: Annotated[str, AfterValidator(_checked_device)] = Field(
         default="auto", description="auto, cpu, cuda, cuda:N, or balanced: spread over several GPUs by accelerate"
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="auto (large models on a GPU), on or off: compiled layers; the first start takes longer",
+    )
     endpoints: Endpoints = Endpoints()
     security: Security = Security()
     questions: Questions = Questions()

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from msgspec import UNSET
+from torch import Tensor
 
 from ..protocol.errors import ErrorCode, NodeError
 from ..protocol.messages import (
@@ -30,10 +31,11 @@ from ..protocol.messages import (
     QuestionCounters,
     Vram,
 )
-from .answer import GrowingAnswer, decode
+from .answer import GrowingAnswer, decode, decode_tokens
 from .branch import Branch, Scratch
 from .choice import choose
 from .chunk import Chunk, ChunkRefused, Encoded, Picture
+from .compilation import Compilation, CompileSetting, should_compile
 from .engine_protocol import ModelInfo
 from .fairness import FairShare
 from .ledger import Snapshot
@@ -51,6 +53,8 @@ _VRAM_PERIOD_S = 1.0
 _MAX_QUESTION_CHARS = 8192
 _MAX_OPTIONS = 32
 _WARM_UP_TOKENS = 256
+# Of the largest logit: how far apart two orders of summation may come out in some layers.
+_MAX_STEP_GAP = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 MAX_MARKS = 256
 _STOPPED = "the engine has stopped"
 
@@ -138,12 +142,23 @@ class Engine:
             notice=model.notice,
         )
 
-    def warm_up(self) -> None:
-        """Encode and answer once on a memory that is thrown away, before `start`.
+    def warm_up(self, compile: CompileSetting = "off") -> None:
+        """Encode and answer on memories that are thrown away, before `start`.
 
-        What a device loads, compiles or reserves at its first use, it does now and not on the first frame.
+        What a device loads, compiles, captures or reserves at its first use, it does now and not on the first
+        frame. What fails of it is in the log, and costs speed alone.
         """
-        _use_device(self._model.device)
+        model = self._model
+        _use_device(model.device)
+        if should_compile(compile, model.device, self._weights_bytes):
+            Compilation(model.tower, model.language).use(self._rehearse)
+        self._rehearse()
+        self._scratch.capture_steps(model)
+        if self._scratch.steps is not None:
+            self._check_steps()
+
+    def _rehearse(self) -> list[Tensor]:
+        """A chunk, a question and two tokens of its answer; returns the logits after the question and after each."""
         side = 2 * self._model.geometry.factor
         pixels = np.zeros((side, side, 3), np.uint8)
         pictures = tuple(Picture(pixels, seq, 0, "media", 0) for seq in range(2))
@@ -153,12 +168,24 @@ class Engine:
         memory.append(Chunk(pictures))
         branch = Branch(self._model, memory, memory.now, self._scratch)
         try:
-            request = Ask(stream="warm-up", question="?", max_new_tokens=2)
-            answer = GrowingAnswer(self._model, branch, request, arrived=time.monotonic())
-            answer.start()
-            decode(self._model, [answer])
+            span = memory.layout.question(memory.now.layout, "?")
+            logits = [branch.prefill(span)]
+            for token in span.ids[:2].tolist():
+                logits.append(decode_tokens(self._model, [(token, branch)])[0].clone())
         finally:
             branch.close()
+        return logits
+
+    def _check_steps(self) -> None:
+        """Give up captured steps that do not compute what the layers compute kernel by kernel."""
+        captured, self._scratch.steps = self._scratch.steps, None
+        expected = torch.stack(self._rehearse())
+        self._scratch.steps = captured
+        gap = float((torch.stack(self._rehearse()) - expected).abs().max())
+        bound = _MAX_STEP_GAP[self._model.dtype] * float(expected.abs().max())
+        if not gap <= bound:
+            logger.error("captured steps are off by %g, at most %g was expected: they are not used", gap, bound)
+            self._scratch.steps = None
 
     def start(self) -> None:
         self._thread.start()
@@ -484,14 +511,14 @@ class Engine:
         """One token for every running answer. If the step itself fails, it fails for all of them."""
         questions = list(self._running)
         try:
-            logits = decode(self._model, [_growing(question) for question in questions])
+            answers = [_growing(question) for question in questions]
+            logits = decode(self._model, answers)
             likeliest = logits.argmax(-1).tolist()  # the one wait for the device of a step
         except Exception as error:
             for question in questions:
                 self._end(question, error)
             return
-        for question, row, token in zip(questions, logits, likeliest, strict=True):
-            answer = _growing(question)
+        for question, answer, row, token in zip(questions, answers, logits, likeliest, strict=True):
             try:
                 answer.accept(row, token)
                 outcome = answer.result() if answer.finish else None
@@ -552,6 +579,7 @@ def load_engine(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    compile: CompileSetting = "auto",
     max_concurrent_questions: int = 8,
     max_waiting_questions: int = 32,
     scratch_tokens: int = 2048,
@@ -566,7 +594,7 @@ def load_engine(
         max_waiting_questions=max_waiting_questions,
         scratch_tokens=scratch_tokens,
     )
-    engine.warm_up()
+    engine.warm_up(compile)
     engine.start()
     return engine
 

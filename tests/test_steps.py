@@ -1,5 +1,6 @@
 import gc
 import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch import Tensor
 
 from onlooker.node.answer import GrowingAnswer, decode
 from onlooker.node.branch import Branch, Scratch
+from onlooker.node.engine import Engine
 from onlooker.node.layout import LayoutState
 from onlooker.node.model import VisionLanguageModel
+from onlooker.node.split_kv import Row
 from onlooker.node.steps import QUESTION_SIZES, Steps, captured_steps
 from onlooker.protocol.messages import Ask
 
@@ -135,3 +138,23 @@ def test_without_a_gpu_nothing_is_captured(checkpoints: Checkpoints):
     assert captured_steps(model, scratch.arena, 2) is None
     scratch.capture_steps(model)
     assert scratch.steps is None
+
+
+class WrongSteps(Steps):
+    def decode(self, rows: Sequence[Row]) -> Tensor | None:
+        logits = super().decode(rows)
+        assert logits is not None
+        return logits.roll(1, -1)
+
+
+@pytest.mark.parametrize(("kind", "is_kept"), [(Steps, True), (WrongSteps, False)])
+def test_steps_that_compute_something_else_are_given_up_before_the_start(
+    checkpoints: Checkpoints, kind: type[Steps], is_kept: bool, caplog: pytest.LogCaptureFixture
+):
+    model = checkpoints.model("qwen2_5_vl")
+    engine = Engine(model, max_concurrent_questions=2, scratch_tokens=SLOT)
+    engine._scratch.steps = kind(model, engine._scratch.arena, 2)
+    engine._check_steps()
+    assert (engine._scratch.steps is not None) == is_kept
+    assert ("they are not used" in caplog.text) != is_kept
+    assert engine.close()
