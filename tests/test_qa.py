@@ -102,6 +102,8 @@ def test_layouts_are_compared():
         (("--scenario", "stories", "--chunks", "1,x"), "1,8,24"),
         (("--scenario", "stories", "--chunks", "0"), "1,8,24"),
         (("--compare", "chunks", "--chunks", "5"), "multiple of 24"),
+        (("--compare", "chunks", "--chunk-frames", "2"), "leave out --chunk-frames"),
+        (("--compare", "layouts", "--layout", "turns"), "leave out --layout"),
         (("--plot", "/nowhere/at/all/x.png"), "there is no folder"),
     ],
 )

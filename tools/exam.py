@@ -16,6 +16,7 @@ import msgspec
 from msgspec import UNSET
 
 from ..protocol.client import NodeClient
+from ..protocol.messages import CacheInfo
 from .demo import Check
 from .link import Link
 from .scenario import Part
@@ -71,11 +72,12 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         return [asked for showing in self.showings for asked in showing.asked]
 
 
-def _as_it_comes(showings: Iterator[Showing], num: int) -> Iterable[Showing]:
+def as_it_comes(showings: Iterator[Showing], num: int) -> Iterable[Showing]:
+    """Tell nobody how far it is."""
     return showings
 
 
-def examine(plan: Plan, node: NodeClient, link: Link, track: Track = _as_it_comes) -> Report:
+def examine(plan: Plan, node: NodeClient, link: Link, track: Track = as_it_comes) -> Report:
     """Show the plan's parts to a node, twice if there is to be a storm, and score what it says.
 
     `track` goes through the showings, and may tell how far they are. Raises as `show` does.
@@ -162,7 +164,7 @@ def check_storm(storm: Storm) -> Check:
     return Check(promise="a storm of questions changes nothing", held=held, figures=figures)
 
 
-def _steps(showings: Sequence[Showing]) -> Iterator[tuple]:
+def _steps(showings: Sequence[Showing]) -> Iterator[tuple[CacheInfo, CacheInfo]]:
     """The memories of a stream at one moment it was asked about and at the next."""
     for showing in showings:
         moments = {asked.before.num_chunks: asked.before for asked in showing.asked}

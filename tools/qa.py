@@ -37,13 +37,13 @@ from .connection import (
     open_client,
     wait_ready,
 )
-from .exam import Plan, Report, examine
+from .exam import Plan, Report, as_it_comes, examine
 from .exam_tables import print_report
 from .link import LOSSLESS_IN_FLIGHT, Link
 from .node import require_node
 from .node_process import running_node
 from .plot import check_plot, plot_lengths, plot_settings
-from .scenario import CHUNK_FRAMES, LAYOUTS, Layout, Setting, comparison, rounds_scenario, stories_scenario
+from .scenario import CHUNK_FRAMES, LAYOUTS, Layout, Part, Setting, comparison, rounds_scenario, stories_scenario
 from .showing import Showing
 
 ScenarioName = Literal["rounds", "stories"]
@@ -162,17 +162,13 @@ def examine_at(
     )
     with open_client(sockets.ask, sockets.control, keys, timeout_s) as node:
         wait_ready(node, timeout_s)
-        return examine(plan, node, link, _told if not is_quiet else _untold)
+        return examine(plan, node, link, as_it_comes if is_quiet else _told)
 
 
 def _told(showings: Iterator[Showing], num: int) -> Iterable[Showing]:
     """Say on a terminal how far it is."""
     console = Console(stderr=True)
     return track(showings, "asking", total=num, console=console, disable=not console.is_terminal, transient=True)
-
-
-def _untold(showings: Iterator[Showing], num: int) -> Iterable[Showing]:
-    return showings
 
 
 @contextmanager
@@ -188,8 +184,14 @@ def _sockets(model: str | None, device: str, given: Sockets) -> Iterator[Sockets
             yield Sockets(*(node.endpoints[name] for name in Sockets._fields))
 
 
-def _settings(is_stories: bool, chunk_frames: int | None, layout: LayoutName | None, compare: Compared | None) -> list:
-    """The settings of the streams. Raises ValueError for a chunk size that no node has."""
+def _settings(
+    is_stories: bool, chunk_frames: int | None, layout: LayoutName | None, compare: Compared | None
+) -> list[Setting]:
+    """The settings of the streams. Raises ValueError for a chunk size that no node has, and for one too many."""
+    if compare == "chunks" and chunk_frames is not None:
+        raise ValueError("a comparison of chunk sizes has all of them: leave out --chunk-frames")
+    if compare == "layouts" and layout is not None:
+        raise ValueError("a comparison of layouts has both: leave out --layout")
     if chunk_frames is not None and chunk_frames not in CHUNK_FRAMES:
         raise ValueError(f"chunk frames are one of {', '.join(map(str, CHUNK_FRAMES))}, got {chunk_frames}")
     default_frames = STORIES_CHUNK_FRAMES if is_stories else ROUNDS_CHUNK_FRAMES
@@ -200,7 +202,7 @@ def _settings(is_stories: bool, chunk_frames: int | None, layout: LayoutName | N
     return [Setting(each, size) for each in layouts for size in sizes]
 
 
-def _parts(is_stories: bool, extent: Extent, settings: list[Setting], compare: Compared | None) -> list:
+def _parts(is_stories: bool, extent: Extent, settings: list[Setting], compare: Compared | None) -> list[Part]:
     """What is shown. Raises ValueError for what does not fit together."""
     if compare:
         # A story is as long in every setting as its chunks would be of the usual size.
