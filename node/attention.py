@@ -56,6 +56,24 @@ def attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Pa
     return Partial(out.unflatten(0, shape), lse.unflatten(0, shape))
 
 
+def attend_recent(query: Tensor, key: Tensor, value: Tensor, scale: float) -> list[Partial]:
+    """Attend from the newest tokens of a segment to all of it: they see what was before them, and each other causally.
+
+    query (1, kv_heads, group, n, head_dim); key, value (kv_len, kv_heads, head_dim), the last n of them the new
+    tokens' own. One partial or two, as the kernel has it.
+    """
+    num_past = key.shape[0] - query.shape[3]
+    if _kernel(query) is _flash_cuda:  # it shares K/V heads, and counts causality from the end
+        key, value = key.transpose(0, 1)[None], value.transpose(0, 1)[None]
+        out, lse = _flash_cuda(query.flatten(1, 2), key, value, True, scale)
+        return [Partial(out.unflatten(1, query.shape[1:3]), lse.unflatten(1, query.shape[1:3]))]
+    own_key, own_value = key[num_past:].transpose(0, 1)[None], value[num_past:].transpose(0, 1)[None]
+    partials = [attend_causal(query, own_key, own_value, scale)]
+    if num_past:
+        partials.append(attend_shared(query, key[:num_past], value[:num_past], scale))
+    return partials
+
+
 def attend_ragged(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float) -> Partial:
     """Attend from each row of the batch to its own few tokens, of which the first `lengths[row]` are visible.
 

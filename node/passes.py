@@ -12,6 +12,7 @@ from .attention import (
     Partial,
     attend_causal,
     attend_ragged,
+    attend_recent,
     attend_shared,
     grouped,
     merge,
@@ -28,16 +29,22 @@ class Prefill(MemoryPass):
     def __init__(self, reads: Sequence[Extent], writes_to: tuple[Arena, int] | None = None) -> None:
         self._reads = [extent for extent in reads if extent.num_tokens]
         self._writes_to = writes_to
+        self._first = 0  # of the rows that end with the new ones, all of them seen
+        if writes_to is not None:
+            arena, self._first = writes_to
+            if self._reads and self._reads[-1].arena is arena and self._reads[-1].stop == self._first:
+                self._first = self._reads.pop().start
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        if self._writes_to is not None:
-            arena, start = self._writes_to
-            assert key.shape[0] == 1, "only one row can be written"
-            arena.write(layer, start, key[0], value[0])
         query = grouped(query, key.shape[1])
         partials = [attend_shared(query, *extent.rows(layer), scale) for extent in self._reads]
-        partials.append(attend_causal(query, key, value, scale))
-        return merge(partials)
+        if self._writes_to is None:
+            return merge([*partials, attend_causal(query, key, value, scale)])
+        arena, start = self._writes_to
+        assert key.shape[0] == 1, "only one row can be written"
+        arena.write(layer, start, key[0], value[0])
+        rows = arena.extent(self._first, start + key.shape[2]).rows(layer)
+        return merge([*partials, *attend_recent(query, *rows, scale)])
 
 
 class Place(NamedTuple):

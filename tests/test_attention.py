@@ -6,6 +6,7 @@ from onlooker.node.attention import (
     Partial,
     attend_causal,
     attend_ragged,
+    attend_recent,
     attend_shared,
     grouped,
     merge,
@@ -61,6 +62,18 @@ def test_new_tokens_see_themselves_and_those_before_them(batch: int, n: int, kv_
     past = torch.ones(n, n, dtype=torch.bool).tril().expand(batch, -1, -1)
     expected = reference(query, key.transpose(1, 2), value.transpose(1, 2), past)
     assert_close(attend_causal(grouped(query, kv_heads), key, value, SCALE), expected)
+
+
+@pytest.mark.parametrize(("kv_heads", "group"), HEADS)
+@pytest.mark.parametrize(("num_past", "num_new"), [(0, 1), (0, 9), (1, 4), (40, 1), (33, 70)])
+def test_the_newest_tokens_see_what_was_before_them_and_each_other(
+    num_past: int, num_new: int, kv_heads: int, group: int
+):
+    query = rand(1, kv_heads * group, num_new, HEAD_DIM)
+    key, value = (rand(num_past + num_new, kv_heads, HEAD_DIM, seed=seed) for seed in (1, 2))
+    visible = torch.ones(num_new, num_past + num_new, dtype=torch.bool).tril(num_past)[None]
+    expected = reference(query, key[None], value[None], visible)[0].transpose(1, 2)
+    assert distance(merge(attend_recent(grouped(query, kv_heads), key, value, SCALE)), expected) <= 1e-6
 
 
 @pytest.mark.parametrize(("kv_heads", "group"), HEADS)
