@@ -27,6 +27,7 @@ COMMANDS = {
     "verify": Entry("verify", "Prove on this machine that the memory and the answers are exact."),
     "qa": Entry("qa", "Ask a node questions with known answers, and score what it says."),
     "bench": Entry("bench", "Measure encoding and answering on this machine, beside their limits."),
+    "capacity": Entry("capacity", "Find out how much of a video a node can remember."),
     "replay": Entry("replay", "Publish video files to a node, as cameras would."),
     "camera": Entry("camera", "Publish a webcam or a network camera to a node."),
     "ask": Entry("ask", "Ask about what a stream has shown."),
