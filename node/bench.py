@@ -45,12 +45,14 @@ from .bench_report import (
     ceilings_text,
     growth,
     growth_text,
+    kernels_text,
     rooms_text,
     row_text,
     table_text,
 )
 from .ceilings import measure_ceilings
 from .chunk import CHUNK_FRAMES
+from .compilation import CompileSetting
 from .model import BUILTIN, DTYPES, VisionLanguageModel, load_model, use_few_threads
 from .preprocess import PatchGeometry, encode_size
 from .published import PUBLISHED, build_network, build_published
@@ -65,7 +67,7 @@ _CASE_S = 5.0
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"size": ["1920x1080", "1920x1080@392x224"], "history": "0,28500,150000", "wire": 480, "budget_s": 240.0},
-    "cpu": {"size": ["640x360"], "history": "0,1000,4000", "wire": 48, "budget_s": 15.0},
+    "cpu": {"size": ["640x360"], "history": "0,1000,4000", "wire": 48, "budget_s": 20.0},
 }
 
 
@@ -109,6 +111,8 @@ class Plan:
     wire_frames: int
     wire_encodings: tuple[str, ...]
     attention: str | None  # of the naive way; None: it is not measured
+    compile: CompileSetting = "auto"
+    has_profile: bool = False
 
     @property
     def main_history(self) -> int | None:
@@ -144,8 +148,9 @@ class Bench:
 
     def run(self, seconds: float) -> None:
         """Measure within so many seconds. Raises what loading the subject raises."""
-        budget = Budget(seconds)
+        budget, began = Budget(seconds), time.monotonic()
         model = self._subject.load()
+        load_s = time.monotonic() - began
         use_few_threads(model)
         device, dtype = model.device, model.dtype
         cases = Cases(self._subject.name, model.geometry)
@@ -153,8 +158,10 @@ class Bench:
         self._say(f"{cases.model} on {device}, {str(dtype).removeprefix('torch.')}: {ceilings_text(ceilings)}")
         share = NAIVE_SHARE if self._plan.attention else 0.0
         with released(device):
-            engine = EngineBench(model, ceilings, cases.model)
+            engine = EngineBench(model, ceilings, cases.model, self._plan.compile)
             del model
+            for stage, stage_s in (("load", load_s), ("warm-up", engine.warm_up_s)):
+                self._add([Row(Case(cases.model, stage), ms=stage_s * 1e3)])
             self._measure(engine, cases, Budget(budget.left_s * (1 - share)))
             del engine
         if self._plan.attention:
@@ -167,10 +174,12 @@ class Bench:
         """Questions before what is about both questions and chunks: the time may be over before the end."""
         plan = self._plan
         try:
-            for setting in plan.settings:
-                part = partial(self._measure_stream, bench, cases, setting, budget)
+            wires = plan.wire_encodings if plan.wire_frames else ()
+            for i, setting in enumerate(plan.settings):
+                share = Budget(budget.left_s / (len(plan.settings) - i + len(wires)))
+                part = partial(self._measure_stream, bench, cases, setting, share)
                 self._try(cases.of("a stream", setting), budget, part)
-            for encoding in plan.wire_encodings if plan.wire_frames else ():
+            for encoding in wires:
                 burst = partial(_measure_burst, bench, plan, encoding, budget)
                 self._try(cases.of(f"over the wire, {encoding}", plan.wire_setting), budget, burst)
         finally:
@@ -194,10 +203,13 @@ class Bench:
             ]
             if setting is plan.settings[0]:
                 self._measure_questions(stream, cases, budget)
+                if plan.has_profile:
+                    part = partial(self._profile, stream, plan.main_history or 0)
+                    self._try(cases.of("kernels", setting), budget, part)
             if plan.main_history is not None:
                 times_ms = [row.ms for row in chunks if row.ms]
                 num = max(4, min(max_chunks, int(_ROW_S * 1e3 / max(times_ms)))) if times_ms else 4
-                self._measure_both(stream, cases, InARow(setting, plan.main_history, num), budget)
+                self._measure_both(stream, cases, InARow(setting, plan.main_history, num, max_chunks), budget)
             self._report.rooms.append(bench.room(_setting_text(setting)))
         return []
 
@@ -207,12 +219,20 @@ class Bench:
         if (main := self._plan.main_history) is not None:
             self._try(cases.answers("snapshot + restore", 0, main), budget, partial(stream.snapshot, main))
 
+    def _profile(self, stream: StreamBench, history: int) -> list[Row]:
+        kernels = stream.kernels(history) if history else []
+        self._report.kernels += kernels
+        self._say(kernels_text(kernels))
+        return []
+
     def _measure_both(self, stream: StreamBench, cases: "Cases", row: "InARow", budget: Budget) -> None:
         """Chunks in a row by themselves, and while questions are answered."""
         case = cases.of("chunks in a row", row.setting, row.history)
         alone = self._try(case, budget, partial(stream.throughput, row.history, num_chunks=row.num_chunks))
         if alone[0].rate:
-            part = partial(stream.throughput_while_asked, alone[0], num_chunks=row.num_chunks)
+            part = partial(
+                stream.throughput_while_asked, alone[0], num_chunks=row.num_chunks, max_chunks=row.max_chunks
+            )
             self._try(cases.of(WHILE_ANSWERED, row.setting, row.history), budget, part)
 
     # The naive way
@@ -299,6 +319,7 @@ class InARow:
     setting: Setting
     history: int
     num_chunks: int
+    max_chunks: int  # for which there is room
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,6 +424,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--wire", type=int, metavar="N", help="frames to send over real sockets; 0: none")
     add("--wire-encoding", default="jpeg", metavar="NAME,…", help="jpeg, png, rgb8")
     add("--naive", default="sdpa", choices=("sdpa", "eager", "off"), help="attention of transformers' own way")
+    add("--compile", default="auto", choices=("auto", "on", "off"), help="as a node's setting of that name")
+    add("--profile", action="store_true", help="also list the kernels of a chunk and of an answer that take longest")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--dtype", default="auto", choices=DTYPES)
     add("--budget-s", type=_seconds, metavar="SECONDS", help="for all of it, once torch is loaded")
@@ -419,6 +442,8 @@ def _plan(args: argparse.Namespace, defaults: dict[str, Any]) -> Plan:
         wire_frames=defaults["wire"] if args.wire is None else args.wire,
         wire_encodings=tuple(args.wire_encoding.split(",")),
         attention=None if args.naive == "off" else args.naive,
+        compile=args.compile,
+        has_profile=args.profile,
     )
 
 
@@ -479,6 +504,7 @@ def _summary(report: Report) -> str:
         parts += [f"\n{model}: {ceilings_text(ceilings)}"]
         parts += [table_text([row for row in report.rows if row.case.model == model])]
         parts += [rooms_text([room for room in report.rooms if room.model == model])]
+        parts += [kernels_text([kernel for kernel in report.kernels if kernel.model == model])]
         parts += [growth_text([each for each in growth(report.rows) if each.case.model == model])]
     return "\n".join(part for part in [*parts, f"measured in {report.seconds:.1f} s"] if part)
 

@@ -4,19 +4,22 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from msgspec import UNSET, UnsetType
 
 from ..protocol.errors import NodeError
 from ..protocol.messages import Answer, Ask, Vram
-from .bench_report import ONLOOKER, Case, Room, Row
+from .bench_profile import prepare_profiler, top_kernels
+from .bench_report import ONLOOKER, Case, Kernel, Room, Row
 from .ceilings import Ceilings
 from .chunk import Chunk, Encoded, Picture
+from .compilation import CompileSetting
 from .engine import Engine
 from .layout import LayoutState
 from .memory import StreamMemory
@@ -64,6 +67,23 @@ class BenchEngine(Engine):
         """Milliseconds of one snapshot and its restoration, on the thread that takes them."""
         return self._call(lambda: _snapshot_ms(self._memory(stream)))
 
+    def profile(self, submit: Callable[[], Future[Any]], *, model: str, of: str) -> list[Kernel]:
+        """What runs on the device until submitted work is done. Call it from the main thread.
+
+        A GPU tells of all threads; on the CPU the profiler sees its own alone, so that it must run on the engine's.
+        """
+        device = self._model.device
+        if device.type == "cuda":
+            return top_kernels(device, lambda: submit().result(), model=model, of=of)
+        prepare_profiler()
+        return self._call(lambda: top_kernels(device, lambda: self._run_at_once(submit), model=model, of=of)).result()
+
+    def _run_at_once(self, submit: Callable[[], Future[Any]]) -> None:
+        """On the engine thread: submit work and do it, with all else that waits."""
+        future = submit()
+        while not future.done():
+            self._turn()
+
     def _fill(self, stream: str, num_tokens: int) -> None:
         memory = self._memory(stream)
         memory.reset()
@@ -109,15 +129,19 @@ class Frames:
 class EngineBench:
     """Measures one model's engine; every verb returns rows, and raises what the engine raises."""
 
-    def __init__(self, model: VisionLanguageModel, ceilings: Ceilings, name: str) -> None:
-        """Start an engine on the model, warm."""
+    def __init__(
+        self, model: VisionLanguageModel, ceilings: Ceilings, name: str, compile: CompileSetting = "auto"
+    ) -> None:
+        """Start an engine on the model, warm; `warm_up_s` says how long that took."""
         self.name = name
         self.model = model
         self.ceilings = ceilings
         self.text = TextSizes.of(model.config.text_config)
         self.vision = VisionSizes.of(model.config.vision_config)
         self.engine = BenchEngine(model, max_concurrent_questions=NUM_TOGETHER)
-        self.engine.warm_up()
+        began = time.monotonic()
+        self.engine.warm_up(compile)
+        self.warm_up_s = time.monotonic() - began
         self.engine.start()
 
     def close(self) -> None:
@@ -193,15 +217,17 @@ class StreamBench:
         self._engine.rewind(STREAM)
         return [self._rate_row("chunks in a row", history, fps, encoded, num_chunks)]
 
-    def throughput_while_asked(self, alone: Row, *, num_chunks: int) -> list[Row]:
-        """The same while 8 questions are always being answered."""
+    def throughput_while_asked(self, alone: Row, *, num_chunks: int, max_chunks: int) -> list[Row]:
+        """The same while 8 questions are always being answered; more chunks until one of them is."""
         history = alone.case.history
         self._engine.fill(STREAM, history).result()
         with Askers(self._engine, NUM_TOGETHER) as askers:
             askers.wait_until_each_was_answered()
             askers.forget()
             fps, encoded = self._encode_in_a_row(num_chunks)
-            tokens_per_s = askers.tokens_per_s
+            while (tokens_per_s := askers.tokens_per_s) is None and num_chunks < max_chunks:
+                self._encode_in_a_row(1)
+                num_chunks += 1
         row = self._rate_row(WHILE_ANSWERED, history, fps, encoded, num_chunks)
         kept = f"{fps / alone.rate:.0%} of the rate kept" if alone.rate else ""
         case = Case(self._bench.name, "tokens while encoding", history=history, num_answers=NUM_TOGETHER)
@@ -226,6 +252,16 @@ class StreamBench:
         self._engine.fill(STREAM, history).result()
         ms = self._engine.time_snapshot(STREAM).result()
         return [Row(Case(self._bench.name, "snapshot + restore", history=history), ms=ms, note="copies 0 bytes")]
+
+    def kernels(self, history: int, *, num_tokens: int = 17) -> list[Kernel]:
+        """Of one chunk, and of one answer of several tokens."""
+        self._engine.fill(STREAM, history).result()
+        self._timed_chunk()
+        chunk, name, over = self._frames.chunk(), self._bench.name, f"over {history} tokens"
+        kernels = self._engine.profile(lambda: self._engine.encode(STREAM, chunk), model=name, of=f"a chunk {over}")
+        self._engine.rewind(STREAM)
+        answer = f"a question and {num_tokens} tokens of its answer {over}"
+        return kernels + self._engine.profile(lambda: self._ask(num_tokens), model=name, of=answer)
 
     def _timed_chunk(self) -> tuple[float, Encoded]:
         """A chunk from its submission until it is in the memory, which is then cut back."""

@@ -43,12 +43,12 @@ class NaiveBench:
         """The stages of a chunk, and all of them together, over a history."""
         frames, num_tokens = self._pixels(setting, setting.chunk_frames), self.num_chunk_tokens(setting)
         patches = self._ready(frames, setting)
-        vision = self._see(patches, setting, setting.chunk_frames)
+        vision = self._see(patches, setting)
         embeds = self._embeds(vision)
         cache = self._cache(history)
 
         def whole() -> None:
-            seen = self._see(self._ready(frames, setting), setting, setting.chunk_frames)
+            seen = self._see(self._ready(frames, setting), setting)
             self._append(cache, self._embeds(seen), seen)
 
         def row(stage: str, over: int, call: Callable[[], object]) -> Row:
@@ -66,7 +66,7 @@ class NaiveBench:
         self._seen.add(setting)
         return [
             row("preprocess", 0, lambda: self._ready(frames, setting)),
-            row("vision tower", 0, lambda: self._see(patches, setting, setting.chunk_frames)),
+            row("vision tower", 0, lambda: self._see(patches, setting)),
             *rows,
         ]
 
@@ -101,7 +101,7 @@ class NaiveBench:
         def ask() -> None:
             frames = self._pixels(setting, setting.chunk_frames)
             patches = torch.cat([self._ready(frames, setting) for _ in range(num_chunks)])
-            seen = self._see(patches, setting, num_frames)
+            seen = self._see(patches, setting, num_chunks)
             video = self._embeds(seen)
             self._logits(transformers.DynamicCache(), torch.cat([video, self._noise(1, QUESTION_TOKENS)], dim=1), seen)
 
@@ -126,9 +126,9 @@ class NaiveBench:
         return to_patches(frames, self._size(setting), self._geometry).to(self._device)
 
     @torch.inference_mode()
-    def _see(self, patches: Tensor, setting: Setting, num_frames: int) -> Any:
+    def _see(self, patches: Tensor, setting: Setting, num_chunks: int = 1) -> Any:
         width, height = self._size(setting)
-        temporal = -(-num_frames // self._geometry.temporal_patch)
+        temporal = num_chunks * -(-setting.chunk_frames // self._geometry.temporal_patch)
         grid = torch.tensor(
             [[temporal, height // self._geometry.patch, width // self._geometry.patch]], device=self._device
         )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ class Case:
 
     @property
     def text(self) -> str:
-        parts = [self.encoded, f"{self.chunk_frames} frames" if self.chunk_frames else ""]
+        frames = f"{self.chunk_frames} frame" + ("s" if self.chunk_frames > 1 else "")
+        parts = [self.encoded, frames if self.chunk_frames else ""]
         parts += [f"{self.num_answers} at once"] if self.num_answers > 1 else []
         return ", ".join(part for part in parts if part)
 
@@ -75,6 +77,18 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
+class Kernel:
+    """What ran on the device under one name, all its calls together."""
+
+    model: str
+    of: str
+    name: str
+    ms: float
+    num_calls: int
+    share: float  # of all that ran
+
+
+@dataclass(frozen=True, slots=True)
 class Growth:
     """How much longer a chunk takes over a long history than over a short one, and how many more operations it is."""
 
@@ -91,6 +105,7 @@ class Report:
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     rooms: list[Room] = field(default_factory=list)
+    kernels: list[Kernel] = field(default_factory=list)
     ceilings: dict[str, Ceilings] = field(default_factory=dict)  # by model
     seconds: float = 0.0
 
@@ -105,6 +120,7 @@ class Report:
             "ceilings": {model: asdict(ceilings) for model, ceilings in self.ceilings.items()},
             "rows": rows,
             "rooms": [asdict(room) for room in self.rooms],
+            "kernels": [asdict(kernel) for kernel in self.kernels],
             "growth": [asdict(each) for each in growth(self.rows)],
             "seconds": self.seconds,
         }
@@ -132,6 +148,7 @@ def _is_same_setting(a: Case, b: Case) -> bool:
 
 _COLUMNS = (("stage", 26), ("of", 20), ("history", 8), ("time", 9), ("limit", 9), ("ratio", 6), ("rate", 14))
 _STAGES = (
+    *("load", "warm-up"),
     *("preprocess", "vision tower", "prefill", "attention over history", "chunk", "chunks in a row"),
     *("chunks while 8 are asked", "tokens while encoding", "first token", "decoded token", "snapshot + restore"),
 )
@@ -160,6 +177,8 @@ def table_text(rows: Sequence[Row]) -> str:
 
 
 def rooms_text(rooms: Sequence[Room]) -> str:
+    if not rooms:
+        return ""
     lines = ["device memory             weights     arena   scratch  workspace, peak  torch reserved  torch peak"]
     for room in rooms:
         known = (room.workspace_peak_bytes, room.torch_reserved_bytes, room.torch_peak_bytes)
@@ -168,6 +187,14 @@ def rooms_text(rooms: Sequence[Room]) -> str:
             f"{_bytes_text(room.scratch_bytes):>10}{_bytes_text(known[0]):>17}{_bytes_text(known[1]):>16}"
             f"{_bytes_text(known[2]):>12}"
         )
+    return "\n".join(lines)
+
+
+def kernels_text(kernels: Sequence[Kernel]) -> str:
+    lines: list[str] = []
+    for of, group in groupby(kernels, key=lambda kernel: kernel.of):
+        lines.append(f"kernels of {of}")
+        lines += [f"{_ms_text(k.ms):>9} {k.share:>4.0%} {k.num_calls:>6} x  {k.name}" for k in group]
     return "\n".join(lines)
 
 

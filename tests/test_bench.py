@@ -1,5 +1,7 @@
 """The benchmark measures what it says, and goes on when a part of it cannot."""
 
+import contextlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from checkpoints import FAMILIES, Checkpoints, memory
 from checkpoints import chunk as some_chunk
 
+from onlooker.node import bench
 from onlooker.node.bench import Plan, Subject, main
 from onlooker.node.bench_engine import Setting, fill
 from onlooker.node.bench_naive import NaiveBench
@@ -34,14 +37,12 @@ class Ended:
 @pytest.fixture(scope="module")
 def ended(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """One whole run on a tiny model."""
-    import contextlib
-    import io
-
     folder = tmp_path_factory.mktemp("bench")
     arguments = ["--model", str(checkpoints.path("qwen2_5_vl")), "--device", "cpu", "--size", "112x84"]
-    arguments += ["--history", "0,64,256", "--wire", "10", "--budget-s", "30"]
+    arguments += ["--history", "0,64,256", "--wire", "10", "--budget-s", "40", "--profile"]
     arguments += ["--json", str(folder / "bench.json"), "--plot", str(folder / "bench.png")]
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "_ROW_S", 0.05)
         status = main(arguments)
     document = json.loads((folder / "bench.json").read_text())
     return Ended(status, out.getvalue(), document, folder / "bench.png")
@@ -53,6 +54,7 @@ def test_every_part_is_measured_and_none_fails(ended: Ended):
     assert notes == []
     ours = {row["stage"] for row in ended.document["rows"] if row["way"] == "onlooker"}
     assert ours == {
+        *("load", "warm-up"),
         *("preprocess", "vision tower", "prefill", "attention over history", "chunk", "chunks in a row"),
         *("chunks while 8 are asked", "tokens while encoding", "first token", "decoded token", "snapshot + restore"),
         *("over the wire, jpeg", "first token, over the wire"),
@@ -93,6 +95,16 @@ def test_the_memory_of_the_device_is_told_by_component(ended: Ended):
     assert room["torch_peak_bytes"] is None
 
 
+def test_the_profile_tells_what_ran_longest_in_a_chunk_and_in_an_answer(ended: Ended):
+    kernels = ended.document["kernels"]
+    assert {kernel["of"].split(" over ")[0] for kernel in kernels} == {
+        "a chunk",
+        "a question and 17 tokens of its answer",
+    }
+    assert all(kernel["ms"] > 0 and 0 < kernel["share"] <= 1 for kernel in kernels)
+    assert "aten::" in ended.out
+
+
 def test_the_table_holds_every_stage_and_the_plot_is_a_picture(ended: Ended):
     assert all(row["stage"] in ended.out for row in ended.document["rows"])
     assert ended.plot.read_bytes().startswith(b"\x89PNG")
@@ -113,7 +125,8 @@ def test_nothing_is_measured_once_the_time_is_over(checkpoints: Checkpoints, tmp
         ["--model", str(checkpoints.path("qwen2_5_vl")), "--device", "cpu", "--budget-s", "0.001", "--json", str(file)]
     )
     rows = json.loads(file.read_text())["rows"]
-    assert rows and all(row["note"] == "left out: the time is over" for row in rows)
+    notes = {row["note"] for row in rows if row["stage"] not in ("load", "warm-up")}
+    assert notes == {"left out: the time is over"}
 
 
 @pytest.mark.parametrize(
@@ -147,6 +160,16 @@ def test_the_naive_way_reads_a_chunk_over_its_history_and_takes_it_back(checkpoi
     assert all(row.way == NAIVE and row.ms for row in rows)
     (snapshot,) = naive.snapshot(32)
     assert snapshot.num_bytes == 32 * checkpoints.model(family).kv_shape.bytes_per_token
+
+
+@pytest.mark.parametrize("num", [1, 2, 8])
+def test_the_naive_way_takes_chunks_of_every_size(checkpoints: Checkpoints, num: int):
+    network = Subject(str(checkpoints.path("qwen3_vl")), False, "cpu", "auto").load_network(torch.float32, "eager")
+    naive = NaiveBench(network, "x", checkpoints.model("qwen3_vl").geometry)
+    setting = Setting((112, 84), None, num)
+    (whole,) = naive.whole_video(setting, 100)
+    assert whole.ms and naive.chunk(setting, 0)
+    assert whole.num_tokens == naive.num_chunk_tokens(setting) * (100 // naive.num_chunk_tokens(setting))
 
 
 def test_a_naive_cache_is_as_long_after_a_chunk_as_before(checkpoints: Checkpoints):

@@ -27,7 +27,8 @@ ALLOWED = {"protocol": set(), "node": {"protocol"}, "tools": {"protocol"}, "trai
 COMPUTING = {
     *("answer", "arena", "attention", "branch", "choice", "decoding", "engine", "local", "memory", "model"),
     *("native_answers", "passes", "preprocess", "random_checkpoint", "reference", "verify", "vram"),
-    *("bench", "bench_engine", "bench_naive", "bench_report", "bench_wire", "ceilings", "published", "stopwatch"),
+    *("bench", "bench_engine", "bench_naive", "bench_profile", "bench_report", "bench_wire"),
+    *("ceilings", "published", "stopwatch"),
 }
 
 
