@@ -142,7 +142,7 @@ class Engine:
             notice=model.notice,
         )
 
-    def warm_up(self, compile: CompileSetting = "off") -> None:
+    def warm_up(self, compile: CompileSetting = "auto") -> None:
         """Encode and answer on memories that are thrown away, before `start`.
 
         What a device loads, compiles, captures or reserves at its first use, it does now and not on the first

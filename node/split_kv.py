@@ -45,10 +45,13 @@ class SplitAttention:
     """The tables and buffers of one step of `num_rows` rows, and attention by them.
 
     The tables are a part of the step's inputs (int64, on the device), which the owner fills with `write_tables`.
+    Raises ValueError if the rows of an arena are no whole multiple of what a GPU reads at once.
     """
 
     def __init__(self, scratch: Arena, num_heads: int, num_rows: int, max_tiles: int) -> None:
         shape = scratch.shape
+        if shape.num_kv_heads * shape.head_dim % 8:
+            raise ValueError(f"rows of {shape.num_kv_heads} x {shape.head_dim} numbers are not aligned")
         self._scratch = scratch
         self._shape = shape
         self._num_heads = num_heads

@@ -1,0 +1,551 @@
+"""Where the time goes on a GPU, stage by stage and variant by variant: the engine's ways beside those it replaced.
+
+    python tests/gpu/speed.py [--model qwen2.5-vl-3b] [--budget 225] [--json FILE]
+
+First the kernels and the captured steps are compared with plain torch, then the stages of a 1080p chunk, of a
+question and of decoding are timed with CUDA events at a published model's sizes with random weights. What fails is
+printed with its traceback, and the rest goes on; what would begin after the budget (seconds) is left out.
+"""
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from onlooker.node import vision
+from onlooker.node.answer import decode_tokens
+from onlooker.node.arena import Arena, KVShape
+from onlooker.node.attention import Partial, attend_causal, attend_recent, attend_shared, grouped, merge
+from onlooker.node.branch import Branch, Scratch
+from onlooker.node.chunk import Chunk, Picture
+from onlooker.node.compilation import Compilation
+from onlooker.node.engine import Engine
+from onlooker.node.layout import Patches
+from onlooker.node.ledger import Snapshot
+from onlooker.node.memory import StreamMemory
+from onlooker.node.model import VisionLanguageModel, load_model
+from onlooker.node.options import StreamOptions
+from onlooker.node.passes import Prefill
+from onlooker.node.published import build_published
+from onlooker.node.random_checkpoint import write_checkpoint
+from onlooker.node.split_kv import Row, SplitAttention, attend_rows
+from onlooker.node.verify import verify
+from onlooker.protocol.messages import Ask
+
+CUDA = torch.device("cuda")
+HISTORY = 28_500
+PIECE = 8192  # of a history, for kernels that are built for each length
+NUM_QUERIES = (5382, 224)
+SIZE = (1932, 1092)  # 1920x1080 as Qwen2.5-VL encodes it
+
+
+class Report:
+    """Figures by name, in the order in which they came; written to a file after each section."""
+
+    def __init__(self, path: Path | None, budget_s: float) -> None:
+        self._path = path
+        self._began = time.monotonic()
+        self._budget_s = budget_s
+        self.figures: dict[str, Any] = {}
+
+    def add(self, name: str, value: Any) -> None:
+        self.figures[name] = value
+        shown = f"{value:,.3f}" if isinstance(value, float) else value
+        print(f"{time.monotonic() - self._began:6.1f} s  {name:<64}{shown}", flush=True)
+
+    def section(self, name: str, run: Callable[[], None]) -> None:
+        if time.monotonic() - self._began > self._budget_s:
+            self.add(f"{name}: left out", "no time")
+            return
+        print(f"--- {name}", flush=True)
+        try:
+            run()
+        except Exception as error:
+            traceback.print_exc()
+            self.add(f"{name}: FAILED", f"{type(error).__name__}: {str(error)[:200]}")
+        torch.cuda.synchronize()
+        if self._path is not None:
+            self._path.write_text(json.dumps(self.figures, indent=1, default=str) + "\n")
+
+    def time(self, name: str, call: Callable[[], object], num: int = 5) -> float | None:
+        """Add the median of a few calls, in milliseconds of the GPU's clock, and of the first one where it differs."""
+        try:
+            first = _ms(call)
+            ms = statistics.median(_ms(call) for _ in range(num))
+        except Exception as error:
+            traceback.print_exc()
+            self.add(f"{name}: FAILED", f"{type(error).__name__}: {str(error)[:200]}")
+            return None
+        if first > 3 * ms + 5:
+            self.add(f"{name}, first call ms", first)
+        self.add(f"{name}, ms", ms)
+        return ms
+
+
+def _ms(call: Callable[[], object]) -> float:
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    began.record()
+    call()
+    ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended)
+
+
+def _rand(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator(CUDA).manual_seed(seed), device=CUDA).to(dtype)
+
+
+def _arena(shape: KVShape, capacity: int, seed: int) -> Arena:
+    arena = Arena(shape, capacity)
+    for i, tensor in enumerate((*arena.keys, *arena.values)):
+        tensor.copy_(_rand(*tensor.shape, seed=seed + i, dtype=shape.dtype))
+    return arena
+
+
+# ------------------------------------------------------------------------------------------ correctness
+
+
+def check_split_kv(report: Report) -> None:
+    """The kernels against plain torch, over head counts, widths, lengths and both precisions."""
+    cases = {
+        "one row": [(0, 1000, 0, 3)],
+        "rows of two streams": [(0, 1000, 0, 3), (1, 333, 1, 70), (0, 641, 2, 1), (0, 1, 3, 64)],
+        "nothing seen": [(0, 0, 0, 3), (1, 40, 1, 65), (0, 0, 2, 1), (1, 64, 3, 63)],
+        "a question": [(0, 999, 1, 5 + i) for i in range(19)],
+    }
+    worst = {torch.float32: 0.0, torch.bfloat16: 0.0}
+    several, question = ["rows of two streams", "nothing seen"], ["a question"]
+    todo = [((16, 2, 128), torch.bfloat16, list(cases)), ((16, 2, 128), torch.float32, several)]
+    todo += [(heads, torch.bfloat16, several) for heads in ((28, 4, 128), (6, 2, 80), (4, 2, 64))]
+    todo += [((32, 8, 128), torch.bfloat16, question), ((4, 2, 16), torch.float32, several)]
+    for (heads, kv_heads, head_dim), dtype, names in todo:
+        shape = KVShape(kv_heads, head_dim, dtype, (CUDA,) * 2)
+        streams, scratch = [_arena(shape, 1024, 1), _arena(shape, 512, 9)], _arena(shape, 4 * 96, 20)
+        for case in (cases[name] for name in names):
+            rows = [
+                Row(0, 0, streams[s].extent(0, seen), scratch.extent(96 * slot, 96 * slot + own))
+                for s, seen, slot, own in case
+            ]
+            attention = SplitAttention(scratch, heads, len(rows), max_tiles=2 * len(rows))
+            host = np.zeros(attention.table_size, np.int64)
+            attention.write_tables(rows, host)
+            query = _rand(len(rows), heads, head_dim, seed=3, dtype=dtype)
+            out = attention.attend(1, query, torch.from_numpy(host).to(CUDA), head_dim**-0.5)
+            gap = float((out - attend_rows(1, query, rows, head_dim**-0.5)).float().abs().max())
+            worst[dtype] = max(worst[dtype], gap if gap == gap else float("inf"))
+    report.add("split_kv against torch, float32", worst[torch.float32])
+    report.add("split_kv against torch, bfloat16", worst[torch.bfloat16])
+    assert worst[torch.float32] <= 1e-5 and worst[torch.bfloat16] <= 3e-2, worst
+
+
+def check_recent(report: Report) -> None:
+    """One flash call over past and new rows against float64."""
+    worst = 0.0
+    for heads, kv_heads, num_past, num_new in ((16, 2, 1000, 77), (16, 2, 0, 50), (28, 4, 333, 1), (8, 8, 64, 200)):
+        query = _rand(1, heads, num_new, 128, seed=1)
+        key, value = (_rand(num_past + num_new, kv_heads, 128, seed=seed) for seed in (2, 3))
+        out = merge(attend_recent(grouped(query, kv_heads), key, value, 128**-0.5))[0].transpose(0, 1)
+        wide = (x.double().transpose(0, 1).repeat_interleave(heads // kv_heads, 0) for x in (key, value))
+        visible = torch.ones(num_new, num_past + num_new, dtype=torch.bool, device=CUDA).tril(num_past)
+        k, v = wide
+        scores = (query[0].double() @ k.transpose(1, 2) * 128**-0.5).masked_fill(~visible, float("-inf"))
+        worst = max(worst, float((scores.softmax(-1) @ v - out).abs().max()))
+    report.add("attend_recent against float64, bfloat16", worst)
+    assert worst <= 2e-2, worst
+
+
+def check_steps(report: Report) -> None:
+    """Captured steps of small float32 models against kernel by kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        for family in ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
+            engine = Engine(_small(folder, family), max_concurrent_questions=2, scratch_tokens=256)
+            began = time.monotonic()
+            engine.warm_up("off")
+            report.add(f"{family}: warm-up, s", time.monotonic() - began)
+            steps = engine._scratch.steps
+            report.add(f"{family}: steps captured", steps is not None)
+            if steps is not None:
+                captured = torch.stack(engine._rehearse())
+                engine._scratch.steps = None
+                report.add(f"{family}: captured against not", _gap(captured, torch.stack(engine._rehearse())))
+
+
+def check_gate(report: Report) -> None:
+    """The exactness gate on a small float32 model."""
+    with tempfile.TemporaryDirectory() as folder:
+        checks = list(verify(_small(folder, "qwen2_5_vl")))
+        missed = [f"{c.promise} {c.case} {c.value:.2g}" for c in checks if not c.passed]
+        report.add("exactness gate: largest difference", max(c.value for c in checks))
+        report.add("exactness gate", f"{len(checks) - len(missed)} of {len(checks)} hold {missed[:3]}")
+
+
+def _small(folder: str, family: str) -> VisionLanguageModel:
+    write_checkpoint(Path(folder) / family, family)
+    return load_model(str(Path(folder) / family), dtype="float32", device=CUDA.type)
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).abs().max())
+
+
+# --------------------------------------------------------------------------------------- attention alone
+
+
+def time_attention(report: Report, n: int) -> None:
+    """A chunk's n queries over a long history: flash in one call, and cuDNN whole and in pieces."""
+    kv_heads, heads, dim, scale = 2, 16, 128, 128**-0.5
+    key, value = (_rand(HISTORY + n + PIECE, kv_heads, dim, seed=seed) for seed in (1, 2))
+    q = grouped(_rand(1, n, heads, dim, seed=3).transpose(1, 2), kv_heads)
+    whole, own = slice(0, HISTORY + n), slice(HISTORY, HISTORY + n)
+
+    def flash() -> Tensor:
+        return merge(attend_recent(q, key[whole], value[whole], scale))
+
+    def causal() -> Partial:
+        return attend_causal(q, key[own].transpose(0, 1)[None], value[own].transpose(0, 1)[None], scale)
+
+    def cudnn(start: int, stop: int) -> Partial:
+        out, lse = _cudnn(q.flatten(1, 2), key[start:stop], value[start:stop], scale)
+        return Partial(out.unflatten(1, q.shape[1:3]), lse.reshape(q.shape[:4]))
+
+    def pieces() -> Tensor:
+        parts, at = [causal()], 0
+        while at + PIECE <= HISTORY:
+            parts.append(cudnn(at, at + PIECE))
+            at += PIECE
+        return merge([*parts, attend_shared(q, key[at:HISTORY], value[at:HISTORY], scale)])
+
+    def rated(name: str, num_keys: float, call: Callable[[], object]) -> None:
+        ms = report.time(f"attention {n}: {name}", call)
+        if ms:
+            report.add(f"attention {n}: {name}, TFLOP/s", 4 * n * num_keys * dim * heads / ms / 1e9)
+
+    rated(f"flash over {HISTORY} and itself", HISTORY + n / 2, flash)
+    rated("own tokens alone", n / 2, causal)
+    for length in (HISTORY, HISTORY + 1, PIECE):
+        rated(f"cuDNN over {length}, heads shared", length, lambda length=length: cudnn(0, length))
+    folded = q.permute(1, 2, 0, 3, 4).flatten(1, 3)[None].contiguous()
+    rated(f"cuDNN over {PIECE}, heads folded", PIECE, lambda: _cudnn(folded, key[:PIECE], value[:PIECE], scale))
+    rated(f"flash over {PIECE}, heads folded", PIECE, lambda: attend_shared(q, key[:PIECE], value[:PIECE], scale))
+    rated(f"cuDNN in pieces over {HISTORY} and itself, merged", HISTORY + n / 2, pieces)
+    report.add(f"attention {n}: cuDNN in pieces against flash", _gap(pieces(), flash()))
+    parts = [causal() for _ in range(4)]
+    report.time(f"attention {n}: merge of 4 parts", lambda: merge(parts))
+
+
+def _cudnn(q: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    k, v = (x.transpose(0, 1)[None] for x in (key, value))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, scale=scale)
+    return out, lse.reshape(q.shape[:3])
+
+
+def time_split_kv(report: Report) -> None:
+    """36 layers of split-KV attention as one graph, for answers and question tokens over one stream."""
+    shape = KVShape(2, 128, torch.bfloat16, (CUDA,) * 36)
+    stream, scratch = _arena(shape, HISTORY, 1), _arena(shape, 8 * 2048, 2)
+    for num in (1, 8, 32, 64):
+        own = [(i % 8, 40) if num <= 8 else (0, 10 + i) for i in range(num)]
+        rows = [Row(0, 0, stream.extent(0, HISTORY), scratch.extent(2048 * s, 2048 * s + n)) for s, n in own]
+        attention = SplitAttention(scratch, 16, num, max_tiles=2 * num if num <= 8 else num // 4)
+        host = np.zeros(attention.table_size, np.int64)
+        attention.write_tables(rows, host)
+        tables, query = torch.from_numpy(host).to(CUDA), _rand(num, 16, 128, seed=4)
+
+        def layers(attention: SplitAttention = attention, query: Tensor = query, tables: Tensor = tables) -> None:
+            for layer in range(36):
+                attention.attend(layer, query, tables, 128**-0.5)
+
+        layers()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            layers()
+        report.time(f"split-KV, 36 layers, {num} rows over {HISTORY}", graph.replay, 9)
+
+
+# --------------------------------------------------------------------------------------------- the model
+
+
+class Bench:
+    """A published model and a memory of noise."""
+
+    def __init__(self, report: Report, name: str) -> None:
+        self.report = report
+        self.model = build_published(name, device=CUDA.type, dtype=torch.bfloat16)
+        geometry = self.model.geometry
+        self.merged = round(SIZE[1] / geometry.factor), round(SIZE[0] / geometry.factor)
+        self.grid = 2, self.merged[0] * geometry.merge, self.merged[1] * geometry.merge
+        patches = self.grid[0] * self.grid[1] * self.grid[2]
+        self.patches = _rand(patches, 3 * geometry.temporal_patch * geometry.patch**2, seed=5)
+        self.memory = self._memory(HISTORY + 40_000)
+        self.scratch = Scratch(self.model.kv_shape, 8, 2048)
+
+    def _memory(self, capacity: int) -> StreamMemory:
+        options = StreamOptions("cam", memory_bytes=capacity * self.model.kv_shape.bytes_per_token)
+        memory = StreamMemory(self.model, options)
+        for tensor in (*memory._arena.keys, *memory._arena.values):
+            tensor.normal_()
+        return memory
+
+    @torch.inference_mode()
+    def time_vision(self) -> None:
+        visual, tower = self.model._model.model.visual, self.model.tower
+        grid_thw = torch.tensor([self.grid], device=CUDA)
+        self.report.add("patches of a chunk", len(self.patches))
+        self.report.time("vision: transformers' own", lambda: visual(self.patches, grid_thw=grid_thw), 2)
+        self.report.time("vision: ours", self._see)
+        theirs, ours = visual(self.patches, grid_thw=grid_thw).pooler_output, self._see().embeds
+        self.report.add("vision: ours against transformers, relative", _gap(ours, theirs) / float(theirs.abs().max()))
+        tower.long_backend = SDPBackend.CUDNN_ATTENTION
+        self.report.time("vision: ours, cuDNN for frames", self._see)
+        tower.long_backend = None
+        sound = tower._attend
+        tower._attend = _varlen_attend  # type: ignore[method-assign]
+        self.report.time("vision: ours, varlen for windows and frames", self._see)
+        self.report.add(
+            "vision: varlen against not, relative", _gap(self._see().embeds, ours) / float(ours.abs().max())
+        )
+        tower._attend = sound  # type: ignore[method-assign]
+
+    def _see(self) -> vision.Vision:
+        return self.model.tower.see(self.patches, self.grid)
+
+    @torch.inference_mode()
+    def time_prefill(self, label: str) -> None:
+        model, arena = self.model, self.memory._arena
+        for name, (rows, columns) in {"1080p": self.merged, "448x448": (16, 16), "392x224": (8, 14)}.items():
+            patches = Patches(rows, columns, ((0, 1), (2, 3)))
+            span, _ = self.memory.layout.extend(self.memory.now.layout, patches)
+            seen = torch.zeros(patches.num_tokens, model.config.text_config.hidden_size, device=CUDA, dtype=model.dtype)
+            deepstack = len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
+            what = vision.Vision(seen, [seen] * deepstack or None)
+            for history in (HISTORY,) if name != "1080p" else (0, HISTORY):
+                self.report.time(
+                    f"prefill {label}: {name}, {len(span)} tokens over {history}",
+                    lambda s=span, w=what, h=history: model.read(s, Prefill([arena.extent(0, h)], (arena, h)), w),
+                    4,
+                )
+
+    @torch.inference_mode()
+    def time_decode(self, label: str) -> None:
+        model = self.model
+        for num in (1, 8):
+            branches = [Branch(model, self.memory, self.memory.now, self.scratch) for _ in range(num)]
+            for branch in branches:
+                branch.snapshot = Snapshot(num_tokens=HISTORY)
+                branch.num_own = 40
+
+            def step(branches: list[Branch] = branches) -> None:
+                decode_tokens(model, [(100, branch) for branch in branches])
+                for branch in branches:
+                    branch.num_own = 40
+
+            self.report.time(f"decode {label}: {num} answers over {HISTORY}", step, 9)
+            wall = time.perf_counter()
+            for _ in range(10):
+                logits = decode_tokens(model, [(100, branch) for branch in branches])
+                logits.argmax(-1).tolist()
+            self.report.add(f"decode {label}: {num} answers, on the wall, ms", (time.perf_counter() - wall) * 100)
+            if num == 1:
+                self._time_question(label, branches[0])
+            for branch in branches:
+                branch.close()
+
+    def _time_question(self, label: str, branch: Branch) -> None:
+        span = self.memory.layout.question(self.memory.now.layout, "Is there a person?")
+
+        def ask() -> None:
+            branch.num_own = 0
+            branch.prefill(span)
+
+        self.report.time(f"question {label}: {len(span)} tokens over {HISTORY}", ask, 9)
+
+    def compile(self) -> None:
+        began = time.monotonic()
+
+        def warm_up() -> None:
+            with torch.inference_mode():
+                self._see()
+                self._question()
+
+        is_compiled = Compilation(self.model.tower, self.model.language).use(warm_up)
+        self.report.add("compiled", f"{is_compiled} in {time.monotonic() - began:.1f} s")
+        began = time.monotonic()
+        with torch.inference_mode():
+            self._question()
+        self.scratch.capture_steps(self.model)
+        self.report.add("steps captured", f"{self.scratch.steps is not None} in {time.monotonic() - began:.1f} s")
+
+    def _question(self) -> None:
+        branch = Branch(self.model, self.memory, self.memory.now, self.scratch)
+        try:
+            branch.prefill(self.memory.layout.question(self.memory.now.layout, "What?"))
+            decode_tokens(self.model, [(100, branch)])
+        finally:
+            branch.close()
+
+    @torch.inference_mode()
+    def time_vision_compiled(self) -> None:
+        tower = self.model.tower
+        self.report.time("vision compiled", self._see)
+        tower.long_backend = SDPBackend.CUDNN_ATTENTION
+        self.report.time("vision compiled, cuDNN for frames", self._see)
+        sound = tower._attend
+        tower._attend = _varlen_attend  # type: ignore[method-assign]
+        self.report.time("vision compiled, varlen", self._see)
+        tower._attend = sound  # type: ignore[method-assign]
+        tower.long_backend = None
+        self.profile("vision", self._see)
+
+    @torch.inference_mode()
+    def profile_rest(self) -> None:
+        model, arena = self.model, self.memory._arena
+        patches = Patches(*self.merged, ((0, 1), (2, 3)))
+        span, _ = self.memory.layout.extend(self.memory.now.layout, patches)
+        seen = torch.zeros(patches.num_tokens, model.config.text_config.hidden_size, device=CUDA, dtype=model.dtype)
+        deepstack = len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
+        what = vision.Vision(seen, [seen] * deepstack or None)
+        self.profile("prefill", lambda: model.read(span, Prefill([arena.extent(0, HISTORY)], (arena, HISTORY)), what))
+        branch = Branch(model, self.memory, self.memory.now, self.scratch)
+        branch.snapshot = Snapshot(num_tokens=HISTORY)
+        branch.num_own = 40
+        self.profile("decode", lambda: decode_tokens(model, [(100, branch)]))
+        branch.close()
+
+    def profile(self, name: str, call: Callable[[], object]) -> None:
+        """The kernels that take the longest, in milliseconds of one call."""
+        call()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)
+        self.report.add(f"profile {name}: sum, ms", sum(row.self_device_time_total for row in rows) / 1e3)
+        for row in rows[:12]:
+            text = f"{row.self_device_time_total / 1e3:8.3f} ms  {row.count:5} x"
+            self.report.add(f"profile {name}: {row.key[:90]}", text)
+
+
+def _varlen_attend(q: Tensor, k: Tensor, v: Tensor, segments: list[vision.Segments]) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    lengths = [length for length, num in segments for _ in range(num)]
+    bounds = _BOUNDS.get(tuple(segments))
+    if bounds is None:
+        bounds = _BOUNDS[tuple(segments)] = torch.tensor([0, *np.cumsum(lengths)], device=CUDA, dtype=torch.int32)
+    longest = max(lengths)
+    return varlen_attn(q, k, v.contiguous(), bounds, bounds, longest, longest).flatten(1)  # type: ignore[union-attr]
+
+
+_BOUNDS: dict[tuple[vision.Segments, ...], Tensor] = {}
+
+
+# -------------------------------------------------------------------------------------------- the engine
+
+
+def time_engine(report: Report, model: VisionLanguageModel) -> None:
+    """Chunks and questions through the engine's own thread, alone and at the same time."""
+    engine = Engine(model)
+    began = time.monotonic()
+    engine._scratch.capture_steps(model)
+    engine._rehearse()
+    report.add("engine: warm-up without compiling, s", time.monotonic() - began)
+    engine.start()
+    engine.add_stream(StreamOptions("cam", memory_bytes=6 << 30)).result()
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 256, (1080, 1920, 3), dtype=np.uint8) for _ in range(4)]
+
+    def chunk(i: int) -> Chunk:
+        seqs = range(4 * i, 4 * i + 4)
+        return Chunk(tuple(Picture(frames[s % 4], s, s * 125_000_000, "media", s * 125_000_000) for s in seqs))
+
+    began = time.perf_counter()
+    engine.encode("cam", chunk(0)).result()
+    report.add("engine: first chunk, ms", (time.perf_counter() - began) * 1e3)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    futures = [engine.encode("cam", chunk(i)) for i in range(1, 6)]
+    began = time.perf_counter()
+    encoded = [future.result() for future in futures]
+    alone = (time.perf_counter() - began) / len(futures)
+    report.add("engine: chunk alone, ms", alone * 1e3)
+    for part in ("preprocess_ms", "vision_ms", "prefill_ms"):
+        report.add(f"engine: {part}", statistics.median(getattr(e, part) for e in encoded))
+    report.add("engine: workspace peak, GB", (torch.cuda.max_memory_allocated() - before) / 1e9)
+
+    def ask(number: int, num_tokens: int = 64) -> Any:
+        request = Ask(stream="cam", question=f"What is in picture {number}?", max_new_tokens=num_tokens)
+        return engine.ask(request, arrived=time.monotonic())
+
+    ask(0).result()
+    one = ask(1).result()
+    report.add("engine: first token, ms", one.timing.first_token_ms)
+    report.add("engine: a token, ms", one.timing.decode_ms / max(1, one.num_answer_tokens - 1))
+    eight = [future.result() for future in [ask(i) for i in range(8)]]
+    rate = sum(a.num_answer_tokens for a in eight) / (max(a.timing.total_ms for a in eight) / 1e3)
+    report.add("engine: 8 answers, tokens/s", rate)
+    running = [ask(i, 512) for i in range(8)]
+    began = time.perf_counter()
+    for future in [engine.encode("cam", chunk(6 + i)) for i in range(4)]:
+        future.result()
+    report.add("engine: chunk while 8 are answered, ms", (time.perf_counter() - began) / 4 * 1e3)
+    for future in running:
+        future.cancel()
+    report.add("engine: traces", engine.question_counters().traces)
+    engine.close()
+
+
+def time_model(report: Report, bench: Bench) -> None:
+    """All stages, kernel by kernel, captured, and compiled."""
+    report.section("vision", bench.time_vision)
+    report.section("prefill", lambda: bench.time_prefill("eager"))
+    report.section("decode", lambda: bench.time_decode("eager"))
+    report.section("captured, not compiled", lambda: bench.scratch.capture_steps(bench.model))
+    report.section("decode, captured", lambda: bench.time_decode("captured"))
+    report.section("compile", bench.compile)
+    report.section("vision, compiled", bench.time_vision_compiled)
+    report.section("prefill, compiled", lambda: bench.time_prefill("compiled"))
+    report.section("decode, compiled", lambda: bench.time_decode("captured, compiled"))
+    report.section("profiles", bench.profile_rest)
+    report.section("engine", lambda: time_engine(report, bench.model))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="qwen2.5-vl-3b")
+    parser.add_argument("--budget", type=float, default=225.0)
+    out = os.environ.get("OUT")
+    parser.add_argument("--json", type=Path, default=Path(out) / "speed.json" if out else None)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+    report = Report(args.json, args.budget)
+    report.add("card", torch.cuda.get_device_name())
+    report.add("versions", f"torch {torch.__version__}, transformers {transformers.__version__}")
+    report.section("split_kv is right", lambda: check_split_kv(report))
+    report.section("attend_recent is right", lambda: check_recent(report))
+    report.section("captured steps are right", lambda: check_steps(report))
+    for n in NUM_QUERIES:
+        report.section(f"attention of {n} tokens alone", lambda n=n: time_attention(report, n))
+    report.section("split-KV alone", lambda: time_split_kv(report))
+    torch.cuda.empty_cache()
+    report.section("the model", lambda: time_model(report, Bench(report, args.model)))
+    report.section("the exactness gate", lambda: check_gate(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
