@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,16 +24,16 @@ from . import web_pictures as pictures
 from .own_node import OwnNode
 from .replay import stream_slug
 from .web_session import Question, Session, in_words
-from .web_source import Sources, StreamSettings, make_sample
+from .web_source import Sources, make_sample, parse_settings
 
 CSS = Path(__file__).with_name("web.css")
+SCRIPT = Path(__file__).with_name("web.js")
 REFRESH_S = 0.4
 NOW = "now"
 WEBCAM = "webcam"
 WEBCAM_EVERY_S = 0.5
 CHUNKS = ["1", "2", "4", "6", "8"]
 SPEEDS = [(f"{rate:g}\N{MULTIPLICATION SIGN}", rate) for rate in (0.5, 1.0, 2.0, 4.0)] + [("fastest", 0.0)]
-MIB = 1 << 20
 
 ELSEWHERE = """
 A camera, or anything else that publishes frames, sends them straight to the node; its stream then
@@ -87,6 +87,7 @@ class Page:
         self._desk = desk
         self._session = desk.session
         self._sources = desk.sources
+        self._fed_last: str | None = None
         self._webcam_lock = threading.Lock()
         self._webcam_node: str | None = None  # session of the node that knows the webcam's stream
 
@@ -175,19 +176,9 @@ class Page:
         with gr.Accordion("How a new stream is encoded", open=False, elem_id="settings"):
             self._chunk = gr.Radio(CHUNKS, value="4", label="Frames encoded together", elem_id="chunk")
             with gr.Row():
-                self._fps = gr.Number(
-                    None, label="Frames a second to keep", info="Empty: all", minimum=0, min_width=130
-                )
-                self._memory_mib = gr.Number(
-                    None, label="Memory, MiB", info="Empty: as the node says", minimum=1, precision=0, min_width=130
-                )
-            with gr.Row():
-                self._width = gr.Number(
-                    None, label="Encode width", info="Empty: as received", minimum=1, precision=0, min_width=130
-                )
-                self._height = gr.Number(
-                    None, label="Encode height", info="Empty: as received", minimum=1, precision=0, min_width=130
-                )
+                self._fps = _field("Frames a second to keep", "all", "fps")
+                self._size = _field("Encode width and height", "640x360, or as received", "encode-size")
+                self._memory_mib = _field("Memory, MiB", "as the node says", "memory-mib")
             self._apply = gr.Button("Begin the stream anew with these", size="sm", elem_id="apply")
             self._settings_note = _html("settings-note")
 
@@ -250,7 +241,7 @@ class Page:
             self._refresh, [self._seen, self._stream], shown, show_progress="hidden", concurrency_limit=None,
             trigger_mode="once", api_visibility="private",
         )  # fmt: skip
-        settings = [self._chunk, self._fps, self._memory_mib, self._width, self._height]
+        settings = [self._chunk, self._fps, self._size, self._memory_mib]
         on_source = [self._source_note, self._stream]
         _on(self._start.click, self._press_start, [self._stream, self._file, self._speed, *settings], on_source)
         _on(self._pause.click, self._press_pause, [self._stream], [self._source_note])
@@ -295,7 +286,8 @@ class Page:
     def _refresh(self, seen: dict[str, Any], stream: str | None) -> list[Any]:
         """What has changed since this browser was last told; `seen` is what it was told."""
         names = self._session.stream_names
-        chosen = stream if stream in names else next(iter(names), stream)
+        chosen = stream if self._is_known(stream) else self._newest_stream(names)
+        names = sorted({*names, *([chosen] if chosen else [])})
         marks = [mark.name for mark in self._session.marks.get(chosen or "", [])]
         lists = {
             "streams": (names, chosen),
@@ -307,11 +299,23 @@ class Page:
         changed = {name for name, value in now.items() if seen.get(name) != value}
         return [
             now if changed else gr.skip(),
-            gr.update(choices=names, value=chosen) if "streams" in changed else gr.skip(),
+            # A choice that was made meanwhile stays: only one that cannot be is replaced.
+            gr.update(choices=names, **({} if chosen == stream else {"value": chosen}))
+            if "streams" in changed
+            else gr.skip(),
             gr.update(choices=[NOW, *marks]) if "as_of" in changed else gr.skip(),
             gr.update(choices=marks) if "mark_choice" in changed else gr.skip(),
             *(html[name] if name in changed else gr.skip() for name in self._drawn),
         ]
+
+    def _is_known(self, stream: str | None) -> bool:
+        """Whether anything is known of a stream, be it that a node which is gone has told it."""
+        with self._session.knowledge.lock:
+            return stream in self._session.knowledge.timelines
+
+    def _newest_stream(self, names: Sequence[str]) -> str | None:
+        """What a page shows that has only just been opened: what was fed last from here, or any stream."""
+        return self._fed_last if self._fed_last in names else next(iter(names), None)
 
     def _html_of(self, stream: str | None) -> dict[str, str]:
         session, knowledge = self._session, self._session.knowledge
@@ -374,7 +378,8 @@ class Page:
         is_known = name in self._session.stream_names
 
         def play() -> None:
-            self._sources.play(file, name, speed, _settings(*settings))
+            self._sources.play(file, name, speed, parse_settings(*settings))
+            self._fed_last = name
 
         text = f"{name} goes on as it was set up." if is_known else ""
         return _tried(play, text, gr.update(choices=sorted({*self._session.stream_names, name}), value=name))
@@ -405,7 +410,7 @@ class Page:
         if stream is None:
             return [pictures.note("There is no stream yet: a new one begins with these.", "warn")]
         text = f"{stream} begins anew with these settings and an empty memory."
-        return _tried(lambda: self._sources.apply(stream, _settings(*settings)), text)
+        return _tried(lambda: self._sources.apply(stream, parse_settings(*settings)), text)
 
     def _press_ask(self, stream: str | None, text: str, options: str, as_of: str) -> list[Any]:
         """Ask, and empty the box for the next question."""
@@ -458,22 +463,29 @@ class Page:
             return [gr.skip(), gr.skip()]
         if not self._session.presence.is_online:
             return [pictures.note("There is no node to send the webcam to.", "bad"), gr.skip()]
-        hello = self._session.knowledge.view.hello
         with self._webcam_lock:
-            is_new = hello is not None and hello.session != self._webcam_node
+            return _tried(lambda: self._send_webcam(picture, settings), "", self._webcam_choice())
 
-            def send() -> None:
-                if is_new:
-                    self._sources.provide(WEBCAM, _settings(*settings))
-                self._sources.webcam(WEBCAM).send(np.ascontiguousarray(picture))
+    def _webcam_choice(self) -> Any:
+        """Show the webcam's stream as soon as its first picture is sent, and never force it on people after that."""
+        if self._webcam_node is not None and WEBCAM in self._session.stream_names:
+            return gr.skip()
+        return gr.update(choices=sorted({*self._session.stream_names, WEBCAM}), value=WEBCAM)
 
-            shown = _tried(send, "", gr.update(value=WEBCAM) if is_new else gr.skip())
-            self._webcam_node = hello.session if hello is not None else None
-        return shown
+    def _send_webcam(self, picture: np.ndarray, settings: tuple[Any, ...]) -> None:
+        hello = self._session.knowledge.view.hello
+        if hello is not None and hello.session != self._webcam_node:
+            self._sources.provide(WEBCAM, parse_settings(*settings))
+            self._webcam_node, self._fed_last = hello.session, WEBCAM
+        self._sources.webcam(WEBCAM).send(np.ascontiguousarray(picture))
 
 
 def _html(name: str) -> gr.HTML:
     return gr.HTML("", elem_id=name, apply_default_css=False, js_on_load=None)
+
+
+def _field(label: str, placeholder: str, name: str) -> gr.Textbox:
+    return gr.Textbox("", label=label, placeholder=placeholder, elem_id=name, min_width=140)
 
 
 def _heading(text: str) -> None:
@@ -493,16 +505,3 @@ def _tried(action: Callable[[], object], text: str, *others: Any) -> list[Any]:
     except ValueError as error:
         return [pictures.note(str(error), "bad"), *(gr.skip() for _ in others)]
     return [pictures.note(text, "good"), *others]
-
-
-def _settings(
-    chunk: str, fps: float | None, memory_mib: float | None, width: float | None, height: float | None
-) -> StreamSettings:
-    """The settings as they were typed; an empty field, or 0, is the node's default."""
-    return StreamSettings(
-        chunk_frames=int(chunk),
-        fps=float(fps) if fps else None,
-        encode_width=int(width) if width else None,
-        encode_height=int(height) if height else None,
-        memory_bytes=int(memory_mib) * MIB if memory_mib else None,
-    )

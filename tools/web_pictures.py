@@ -177,7 +177,7 @@ def live_picture(stream: str | None, has_pictures: bool) -> str:
     """The place of the live picture; pictures that do not come by here are explained."""
     if stream is not None and has_pictures:
         source = f"live/{escape(stream)}"
-        return f'<div class="ol-picture"><img src="{source}" alt="live picture of {escape(stream)}"></div>'
+        return f'<div class="ol-picture"><img data-live="{source}" alt="live picture of {escape(stream)}"></div>'
     if stream is None:
         text = "No stream yet. Choose a video below, or take the sample, and press Start."
     else:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
 
 import gradio as gr
 import uvicorn
-from fastapi import FastAPI
-from fastapi.responses import Response, StreamingResponse
+from fastapi import FastAPI, Request, Response
 
-from .web_page import CSS, theme
+from .web_page import CSS, SCRIPT, theme
 from .web_source import Pictures, shown_jpeg
 
-PICTURE_PERIOD_S = 0.1
 CLOSING_S = 2
 MAX_UPLOAD = "4gb"
-
-_BOUNDARY = "picture"
 
 
 class PageServer:
@@ -38,6 +32,7 @@ class PageServer:
             path="/",
             theme=theme(),
             css_paths=CSS,
+            head=f"<script>{SCRIPT.read_text()}</script>",
             footer_links=[],
             ssr_mode=False,
             show_error=True,
@@ -51,29 +46,12 @@ class PageServer:
         """Serve. Ctrl-C and SIGTERM end it; they are raised again once the server is closed."""
         self._server.run(sockets=[self._socket])
 
-    async def _live(self, stream: str) -> Response:
-        """The pictures of a stream as they come, one in the place of the other."""
-        if self._pictures.newest(stream) is None:
+    def _live(self, stream: str, request: Request) -> Response:
+        """The newest picture of a stream, if the browser does not have it yet."""
+        shown = self._pictures.newest(stream)
+        if shown is None:
             return Response(status_code=404)
-        parts = live_parts(self._pictures, stream, lambda: self._server.should_exit)
-        return StreamingResponse(parts, media_type=f"multipart/x-mixed-replace; boundary={_BOUNDARY}")
-
-
-async def live_parts(pictures: Pictures, stream: str, is_over: Callable[[], bool]) -> AsyncIterator[bytes]:
-    """Each new picture as one part of an answer that never ends."""
-    number = -1
-    while not is_over():
-        shown = pictures.newest(stream)
-        if shown is not None and shown.number != number:
-            number = shown.number
-            jpeg = await asyncio.to_thread(shown_jpeg, shown.pixels)
-            part = _part(jpeg)
-            yield part
-            # A browser shows a part when it sees that the next one begins.
-            yield part if number == 0 else b""
-        await asyncio.sleep(PICTURE_PERIOD_S)
-
-
-def _part(jpeg: bytes) -> bytes:
-    header = f"--{_BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"
-    return header.encode() + jpeg + b"\r\n"
+        headers = {"ETag": f'"{shown.session}-{shown.number}"', "Cache-Control": "no-cache"}
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Response(status_code=304, headers=headers)
+        return Response(shown_jpeg(shown.pixels), media_type="image/jpeg", headers=headers)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import math
+import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -26,13 +29,15 @@ MAX_SHOWN_WIDTH = 640
 JPEG_QUALITY = 80
 SAMPLE_SEED = 7
 SAMPLE_S = 24.0
+MIB = 1 << 20
 
 PlayerState = Literal["opening", "playing", "paused", "ended", "failed"]
 
 
 class Shown(NamedTuple):
-    """The newest picture of a stream, and how many there were before it."""
+    """The newest picture of a stream, and how many there were before it in this run of the page's server."""
 
+    session: str
     number: int
     pixels: np.ndarray  # uint8, RGB, (height, width, 3)
 
@@ -41,11 +46,12 @@ class Pictures:
     """The newest picture of each stream that is fed from here, for people to look at."""
 
     def __init__(self) -> None:
+        self._session = uuid.uuid4().hex
         self._shown: dict[str, Shown] = {}
 
     def show(self, stream: str, pixels: np.ndarray) -> None:
         before = self._shown.get(stream)
-        self._shown[stream] = Shown(before.number + 1 if before else 0, pixels)
+        self._shown[stream] = Shown(self._session, before.number + 1 if before else 0, pixels)
 
     def newest(self, stream: str) -> Shown | None:
         return self._shown.get(stream)
@@ -210,7 +216,7 @@ class Webcam:
 
 @dataclass(frozen=True, slots=True)
 class StreamSettings:
-    """How a stream is to be encoded; None follows the node's defaults. Raises ValueError for a size that is half."""
+    """How a stream is to be encoded; None follows the node's defaults."""
 
     chunk_frames: int | None = None
     fps: float | None = None
@@ -218,13 +224,37 @@ class StreamSettings:
     encode_height: int | None = None
     memory_bytes: int | None = None
 
-    def __post_init__(self) -> None:
-        if (self.encode_width is None) != (self.encode_height is None):
-            raise ValueError("An encode size is a width and a height: give both, or neither.")
-
     def spec(self, stream: str) -> StreamSpec:
         given = {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
         return StreamSpec(stream=stream, **given)
+
+
+def parse_settings(chunk_frames: str, fps: str, size: str, memory_mib: str) -> StreamSettings:
+    """The settings as they were typed, empty ones for the node's defaults. Raises ValueError, in words, for others."""
+    match = re.fullmatch(r"(\d+)\s*[x\N{MULTIPLICATION SIGN}*,]\s*(\d+)", size.strip())
+    if size.strip() and match is None:
+        raise ValueError(f"An encode size is a width and a height, as in 640x360, not {size.strip()}.")
+    width, height = (None, None) if match is None else (int(match[1]), int(match[2]))
+    mib = _number("Memory", memory_mib)
+    return StreamSettings(
+        chunk_frames=int(chunk_frames),
+        fps=_number("Frames a second", fps),
+        encode_width=width,
+        encode_height=height,
+        memory_bytes=None if mib is None else round(mib * MIB),
+    )
+
+
+def _number(name: str, text: str) -> float | None:
+    if not text.strip():
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}: a number above 0 is wanted, not {text.strip()}.")
+    return number
 
 
 class Sources:
