@@ -55,7 +55,7 @@ from .chunk import CHUNK_FRAMES
 from .compilation import CompileSetting
 from .model import BUILTIN, DTYPES, VisionLanguageModel, load_model, use_few_threads
 from .preprocess import PatchGeometry, encode_size
-from .published import PUBLISHED, build_network, build_published
+from .published import PUBLISHED, build_network, build_published, default_device, default_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +97,7 @@ class Subject:
 
     @property
     def _torch_dtype(self) -> torch.dtype:
-        if self.dtype == "auto":
-            return torch.bfloat16 if self.device.startswith("cuda") else torch.float32
-        return getattr(torch, self.dtype)
+        return default_dtype(self.device) if self.dtype == "auto" else getattr(torch, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +111,7 @@ class Plan:
     attention: str | None  # of the naive way; None: it is not measured
     compile: CompileSetting = "auto"
     has_profile: bool = False
+    is_quick: bool = False  # chunks one by one alone, none in a row
 
     @property
     def main_history(self) -> int | None:
@@ -206,11 +205,11 @@ class Bench:
                 if plan.has_profile:
                     part = partial(self._profile, stream, plan.main_history or 0)
                     self._try(cases.of("kernels", setting), budget, part)
-            if plan.main_history is not None:
+            if plan.main_history is not None and not plan.is_quick:
                 times_ms = [row.ms for row in chunks if row.ms]
                 num = max(4, min(max_chunks, int(_ROW_S * 1e3 / max(times_ms)))) if times_ms else 4
                 self._measure_both(stream, cases, InARow(setting, plan.main_history, num, max_chunks), budget)
-            self._report.rooms.append(bench.room(_setting_text(setting)))
+            self._report.rooms.append(bench.room(_setting_text(setting), is_fresh=not plan.is_quick))
         return []
 
     def _measure_questions(self, stream: StreamBench, cases: "Cases", budget: Budget) -> None:
@@ -299,6 +298,8 @@ class Bench:
         except torch.OutOfMemoryError as error:
             error.__traceback__ = None  # its frames hold what must go
             note = "out of memory"
+        except ModuleNotFoundError as error:
+            return self._add([Row(case, way, note=f"left out: the module {error.name} is missing")])
         except Exception as error:
             logger.debug("a part failed", exc_info=True)
             note = f"failed: {type(error).__name__}: {error}"
@@ -425,6 +426,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--wire-encoding", default="jpeg", metavar="NAME,…", help="jpeg, png, rgb8")
     add("--naive", default="sdpa", choices=("sdpa", "eager", "off"), help="attention of transformers' own way")
     add("--compile", default="auto", choices=("auto", "on", "off"), help="as a node's setting of that name")
+    add("--quick", action="store_true", help="chunks one by one: none in a row, none while questions are answered")
     add("--profile", action="store_true", help="also list the kernels of a chunk and of an answer that take longest")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--dtype", default="auto", choices=DTYPES)
@@ -444,6 +446,7 @@ def _plan(args: argparse.Namespace, defaults: dict[str, Any]) -> Plan:
         attention=None if args.naive == "off" else args.naive,
         compile=args.compile,
         has_profile=args.profile,
+        is_quick=args.quick,
     )
 
 
@@ -451,7 +454,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 if a part of it that is ours failed."""
     parser = _parser()
     args = parser.parse_args(argv)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = default_device() if args.device == "auto" else args.device
     defaults = _DEFAULTS["cuda" if device.startswith("cuda") else "cpu"]
     try:
         plan = _plan(args, defaults)

@@ -162,9 +162,9 @@ class EngineBench:
         finally:
             self.engine.remove_stream(STREAM).result()
 
-    def room(self, after: str) -> Room:
-        """Device memory now, with peaks since the start."""
-        vram = _fresh_vram(self.engine)
+    def room(self, after: str, *, is_fresh: bool = True) -> Room:
+        """Device memory, with peaks since the start: as it is now, or as the engine saw it last."""
+        vram = _fresh_vram(self.engine) if is_fresh else self.engine.vram()
         arena = sum(self.engine.cache_info(name).resident_bytes for name in self.engine.streams())
         return Room(
             model=self.name,
@@ -433,7 +433,12 @@ def history_rows(rows: Sequence[Row], ceilings: Ceilings) -> list[Row]:
         if row.case.history and base is not None and base.ms is not None and row.ms is not None:
             case = replace(row.case, stage="attention over history")
             work = Work(row.flops - base.flops, row.num_bytes - base.num_bytes)
-            past.append(Row(case, ms=max(0.0, row.ms - base.ms), num_tokens=row.num_tokens).limited(ceilings, work))
+            ms = row.ms - base.ms
+            is_lost = ms <= 0
+            note = "lost in the noise of the prefill" if is_lost else ""
+            past.append(
+                Row(case, ms=None if is_lost else ms, num_tokens=row.num_tokens, note=note).limited(ceilings, work)
+            )
     return past
 
 

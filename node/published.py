@@ -143,3 +143,13 @@ def build_published(name: str, *, device: str, dtype: torch.dtype) -> VisionLang
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(), eos_token="<|im_end|>")
     network = build_network(name, device=device, dtype=dtype)
     return VisionLanguageModel(network, tokenizer, name=f"{name}, random", processor={}, notice=NOTICE)
+
+
+def default_device() -> str:
+    """What "auto" means."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """What "auto" means where no checkpoint says how its weights are stored."""
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32

@@ -32,8 +32,9 @@ def _timed_ms(device: torch.device, call: Callable[[], object]) -> float:
         call()
         return (time.perf_counter() - began) * 1e3
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
+    stream = torch.cuda.current_stream(device)
+    before.record(stream)
     call()
-    after.record()
+    after.record(stream)
     after.synchronize()
     return before.elapsed_time(after)

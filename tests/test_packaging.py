@@ -28,7 +28,7 @@ COMPUTING = {
     *("answer", "arena", "attention", "branch", "choice", "decoding", "engine", "local", "memory", "model"),
     *("native_answers", "passes", "preprocess", "random_checkpoint", "reference", "verify", "vram"),
     *("bench", "bench_engine", "bench_naive", "bench_profile", "bench_report", "bench_wire"),
-    *("ceilings", "published", "stopwatch"),
+    *("ceilings", "published", "published_node", "stopwatch"),
     *("compilation", "language", "split_kv", "split_kv_kernels", "steps", "vision"),
 }
 
