@@ -4,7 +4,12 @@ import sys
 from collections.abc import Sequence
 
 # Modules of the extras that only some commands need; all others are of the extra `tools`.
-EXTRAS = {"prometheus_client": "metrics"}
+EXTRAS = {
+    "prometheus_client": "metrics",
+    "mcap": "record",
+    "mcap_protobuf": "record",
+    "foxglove_schemas_protobuf": "record",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -35,7 +35,7 @@ def _is_port(port: str | None) -> bool:
     return port in (None, "*") or int(port) <= 65535
 
 
-def _endpoint(*flags: str, help: str, default: str | None = None) -> typer.models.OptionInfo:
+def endpoint_option(*flags: str, help: str, default: str | None = None) -> typer.models.OptionInfo:
     """An option for an endpoint. A whole endpoint as its default would be cut off in a narrow terminal."""
     if default is not None:
         help += f" Default: port {default.rpartition(':')[2]} of this machine."
@@ -57,16 +57,18 @@ def checked_names(names: list[str] | None) -> list[str] | None:
     return names
 
 
-AskOption = Annotated[str, _endpoint("--ask", help="The node's ask socket.", default=ASK_ENDPOINT)]
-ControlOption = Annotated[str, _endpoint("--control", help="The node's control socket.", default=CONTROL_ENDPOINT)]
+AskOption = Annotated[str, endpoint_option("--ask", help="The node's ask socket.", default=ASK_ENDPOINT)]
+ControlOption = Annotated[
+    str, endpoint_option("--control", help="The node's control socket.", default=CONTROL_ENDPOINT)
+]
 TelemetryOption = Annotated[
-    str, _endpoint("--telemetry", help="The node's telemetry socket.", default=TELEMETRY_ENDPOINT)
+    str, endpoint_option("--telemetry", help="The node's telemetry socket.", default=TELEMETRY_ENDPOINT)
 ]
 FramesOption = Annotated[
-    str, _endpoint("--frames", "--endpoint", help="The node's frames socket.", default=FRAMES_ENDPOINT)
+    str, endpoint_option("--frames", "--endpoint", help="The node's frames socket.", default=FRAMES_ENDPOINT)
 ]
 BindOption = Annotated[
-    str | None, _endpoint("--bind", help="Listen here, for nodes that connect to their cameras, instead.")
+    str | None, endpoint_option("--bind", help="Listen here, for nodes that connect to their cameras, instead.")
 ]
 ServerKeyOption = Annotated[Path | None, typer.Option("--server-key", help="The node's public key file.")]
 ClientKeyOption = Annotated[Path | None, typer.Option("--client-key", help="Your own secret key file.")]

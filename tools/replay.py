@@ -1,9 +1,13 @@
-"""`onlooker replay`: video files published as if they were cameras.
+"""`onlooker replay`: video files published as if they were cameras, or a session of `onlooker record` repeated.
 
     onlooker replay gate.mp4 yard.mp4 --rate 4 --lossless
+    onlooker replay session.mcap --reset
 
 Each file is a stream of its own, named after the file. The times on the frames are the file's, so that a replay
 is the same at any rate and on any day.
+
+Of a session the same frames are sent and the same questions asked again: the exit status is 1 if an answer is
+another one.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Annotated
 
 import msgspec
@@ -25,9 +29,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ..protocol.errors import OnlookerError
-from ..protocol.sockets import CONTROL_ENDPOINT, FRAMES_ENDPOINT
+from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT, FRAMES_ENDPOINT
 from .commands import EXIT_INTERRUPTED
 from .connection import (
+    AskOption,
     BindOption,
     ClientKeyOption,
     ControlOption,
@@ -43,11 +48,17 @@ from .interrupt import ending_on_signal
 from .link import LOSSLESS_IN_FLIGHT, Link
 from .playback import Arrivals, Playback, PlaybackOptions, Played, Position, open_playbacks
 from .quantity import bytes_text, ms_text, reasons_text, seconds_text
+from .session import Way, replay_session
 from .video import ReaderName, Selection
 
 MAX_SLUG_CHARS = 64
 REFRESH_S = 0.1
 PROBE_S = 1.0
+SESSION_SUFFIX = ".mcap"
+# What can be said of a session too.
+SESSION_PARAMETERS = frozenset(
+    {"videos", "rate", "reset", "is_json", "frames", "ask", "control", "server_key", "client_key", "timeout_s"}
+)
 
 
 class LostFramesError(OnlookerError):
@@ -77,7 +88,10 @@ class Result:
 
 
 def replay(
-    videos: Annotated[list[str], typer.Argument(metavar="VIDEO...", help="Files, or addresses of files.")],
+    context: typer.Context,
+    videos: Annotated[
+        list[str], typer.Argument(metavar="VIDEO...", help="Files, or addresses of files; or one session.mcap.")
+    ],
     stream: Annotated[
         list[str] | None,
         typer.Option("--stream", "-s", help="Name of the stream, once for each file.", callback=checked_names),
@@ -98,16 +112,27 @@ def replay(
     in_flight: Annotated[
         int, typer.Option(min=9, help="With --lossless: frames on their way at most; below the node's ring_frames.")
     ] = LOSSLESS_IN_FLIGHT,
+    reset: Annotated[
+        bool, typer.Option("--reset", help="Of a session: forget first what its streams remember.")
+    ] = False,
     add: Annotated[bool, typer.Option("--add/--no-add", help="Add streams that the node does not know.")] = True,
     is_json: JsonOption = False,
     frames: FramesOption = FRAMES_ENDPOINT,
     bind: BindOption = None,
+    ask: AskOption = ASK_ENDPOINT,
     control: ControlOption = CONTROL_ENDPOINT,
     server_key: ServerKeyOption = None,
     client_key: ClientKeyOption = None,
     timeout_s: TimeoutOption = 10.0,
 ) -> None:
-    """Publish video files to a node, as cameras would."""
+    """Publish video files to a node, as cameras would, or repeat a recorded session."""
+    if any(video.endswith(SESSION_SUFFIX) for video in videos):
+        _check_session_flags(context, videos)
+        way = Way(frames, ask, control, Keys(server_key, client_key), timeout_s)
+        replay_session(Path(videos[0]), way, rate=rate, resets=reset, is_json=is_json)
+        return
+    if reset:
+        raise typer.BadParameter("it is for a session; for a stream: onlooker reset", param_hint="--reset")
     names = stream_names(videos, stream or [])
     if bind and len(videos) > 1:
         raise typer.BadParameter("there can be one video only", param_hint="--bind")
@@ -145,6 +170,17 @@ def replay(
         raise typer.Exit(EXIT_INTERRUPTED)
     if errors:
         raise errors[0]
+
+
+def _check_session_flags(context: typer.Context, videos: Sequence[str]) -> None:
+    """Raise BadParameter for what is said of videos, or of a second session."""
+    if len(videos) > 1:
+        raise typer.BadParameter("a session is replayed by itself", param_hint="VIDEO...")
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name not in SESSION_PARAMETERS and source is not None and source.name == "COMMANDLINE":
+            message = "a session has frames of its own: this is for videos"
+            raise typer.BadParameter(message, param_hint=parameter.opts[0])
 
 
 def stream_names(videos: Sequence[str], given: Sequence[str]) -> list[str]:
