@@ -1,16 +1,15 @@
 """Where the time goes on a GPU, stage by stage and variant by variant: the engine's ways beside those it replaced.
 
-    python tests/gpu/speed.py [--model qwen2.5-vl-3b] [--budget 225] [--json FILE]
+    python tests/gpu/speed.py {kernels,model,gate} [--model qwen2.5-vl-3b] [--budget 120] [--json FILE]
 
-First the kernels and the captured steps are compared with plain torch, then the stages of a 1080p chunk, of a
-question and of decoding are timed with CUDA events at a published model's sizes with random weights. What fails is
+`kernels` compares the kernels and the captured steps with plain torch; `model` times the stages of a 1080p chunk, of
+a question and of decoding with CUDA events at a published model's sizes with random weights. What fails is
 printed with its traceback, and the rest goes on; what would begin after the budget (seconds) is left out.
 """
 
 import argparse
 import json
 import logging
-import os
 import statistics
 import sys
 import tempfile
@@ -385,9 +384,9 @@ class Bench:
 
         is_compiled = Compilation(self.model.tower, self.model.language).use(warm_up)
         self.report.add("compiled", f"{is_compiled} in {time.monotonic() - began:.1f} s")
+
+    def capture(self) -> None:
         began = time.monotonic()
-        with torch.inference_mode():
-            self._question()
         self.scratch.capture_steps(self.model)
         self.report.add("steps captured", f"{self.scratch.steps is not None} in {time.monotonic() - began:.1f} s")
 
@@ -514,36 +513,42 @@ def time_model(report: Report, bench: Bench) -> None:
     report.section("vision", bench.time_vision)
     report.section("prefill", lambda: bench.time_prefill("eager"))
     report.section("decode", lambda: bench.time_decode("eager"))
-    report.section("captured, not compiled", lambda: bench.scratch.capture_steps(bench.model))
-    report.section("decode, captured", lambda: bench.time_decode("captured"))
     report.section("compile", bench.compile)
     report.section("vision, compiled", bench.time_vision_compiled)
     report.section("prefill, compiled", lambda: bench.time_prefill("compiled"))
-    report.section("decode, compiled", lambda: bench.time_decode("captured, compiled"))
+    report.section("capture", bench.capture)
+    report.section("decode, captured", lambda: bench.time_decode("captured, compiled"))
     report.section("profiles", bench.profile_rest)
     report.section("engine", lambda: time_engine(report, bench.model))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="qwen2.5-vl-3b")
-    parser.add_argument("--budget", type=float, default=225.0)
-    out = os.environ.get("OUT")
-    parser.add_argument("--json", type=Path, default=Path(out) / "speed.json" if out else None)
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-    report = Report(args.json, args.budget)
-    report.add("card", torch.cuda.get_device_name())
-    report.add("versions", f"torch {torch.__version__}, transformers {transformers.__version__}")
+def time_kernels(report: Report) -> None:
+    """What is new, compared with plain torch, then timed by itself."""
     report.section("split_kv is right", lambda: check_split_kv(report))
     report.section("attend_recent is right", lambda: check_recent(report))
     report.section("captured steps are right", lambda: check_steps(report))
     for n in NUM_QUERIES:
         report.section(f"attention of {n} tokens alone", lambda n=n: time_attention(report, n))
     report.section("split-KV alone", lambda: time_split_kv(report))
-    torch.cuda.empty_cache()
-    report.section("the model", lambda: time_model(report, Bench(report, args.model)))
-    report.section("the exactness gate", lambda: check_gate(report))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["kernels", "model", "gate"], help="a process each: one may break its GPU")
+    parser.add_argument("--model", default="qwen2.5-vl-3b")
+    parser.add_argument("--budget", type=float, default=120.0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+    report = Report(args.json, args.budget)
+    report.add("card", torch.cuda.get_device_name())
+    report.add("versions", f"torch {torch.__version__}, transformers {transformers.__version__}")
+    if args.part == "kernels":
+        time_kernels(report)
+    elif args.part == "model":
+        report.section("the model", lambda: time_model(report, Bench(report, args.model)))
+    else:
+        report.section("the exactness gate", lambda: check_gate(report))
     return 0
 
 
