@@ -67,6 +67,10 @@ class BenchEngine(Engine):
         """Milliseconds of one snapshot and its restoration, on the thread that takes them."""
         return self._call(lambda: _snapshot_ms(self._memory(stream)))
 
+    @property
+    def scratch_bytes(self) -> int:
+        return self._scratch.resident_bytes
+
     def profile(self, submit: Callable[[], Future[Any]], *, model: str, of: str) -> list[Kernel]:
         """What runs on the device until submitted work is done. Call it from the main thread.
 
@@ -171,7 +175,7 @@ class EngineBench:
             after=after,
             weights_bytes=vram.weights_bytes,
             arena_bytes=arena,
-            scratch_bytes=vram.kv_bytes - arena,
+            scratch_bytes=self.engine.scratch_bytes,
             workspace_peak_bytes=_known(vram.activations_peak_bytes),
             torch_reserved_bytes=_known(vram.torch_reserved_bytes),
             torch_peak_bytes=_known(vram.torch_peak_bytes),

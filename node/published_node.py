@@ -1,6 +1,6 @@
 """A node with a published model's sizes and random weights, to see what a machine holds before a checkpoint is there.
 
-python -m onlooker.node.published_node qwen2.5-vl-3b --stream front
+python -m onlooker.node.published_node --sizes qwen2.5-vl-3b --stream front
 """
 
 import argparse
@@ -32,10 +32,13 @@ def load_published_engine(name: str, config: NodeConfig) -> Engine:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a node with a published model; all other flags are the node's."""
-    parser = argparse.ArgumentParser(description="A node with a published model's sizes and random weights.")
-    parser.add_argument("name", choices=sorted(PUBLISHED))
+    parser = argparse.ArgumentParser(
+        description="A node with a published model's sizes and random weights; all other flags are the node's.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--sizes", required=True, choices=sorted(PUBLISHED))
     args, flags = parser.parse_known_args(argv)
-    return run_node(flags, load_engine=lambda config: load_published_engine(args.name, config))
+    return run_node(flags, load_engine=lambda config: load_published_engine(args.sizes, config))
 
 
 if __name__ == "__main__":

@@ -214,7 +214,9 @@ def test_a_part_whose_module_is_missing_is_left_out_and_fails_nothing(
     monkeypatch.setitem(sys.modules, "onlooker.node.bench_wire", None)
     arguments = ["--model", str(checkpoints.path("qwen2_5_vl")), "--device", "cpu", "--size", "112x84", "--quick"]
     assert main([*arguments, "--history", "0", "--naive", "off", "--budget-s", "10"]) == 0
-    assert "left out: the module onlooker.node.bench_wire is missing" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "left out: the module onlooker.node.bench_wire is missing" in out
+    assert "chunks in a row" not in out and "prefill" in out
 
 
 def test_what_only_the_naive_way_does_and_what_failed_is_in_the_table_too():

@@ -112,6 +112,16 @@ def test_a_mistake_in_the_arguments_is_told_before_a_node_is_asked(clip: Path, a
     assert onlooker("capacity", clip, *arguments).status == 2
 
 
+def test_a_node_of_sizes_that_nobody_published_says_which_there_are(clip: Path):
+    ended = onlooker("capacity", clip, "--config", "qwen9", "--device", "cpu")
+    assert ended.status == 1
+    assert "qwen2.5-vl-3b" in ended.err
+
+
+def test_a_model_and_sizes_are_not_given_both(clip: Path):
+    assert onlooker("capacity", clip, "--config", "qwen2.5-vl-3b", "--model", "builtin").status == 2
+
+
 def test_a_plot_into_no_folder_is_refused_before_anything_is_measured(clip: Path, tmp_path: Path):
     ended = onlooker("capacity", clip, "--plot", tmp_path / "none" / "x.png")
     assert ended.status == 1

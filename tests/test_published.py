@@ -51,5 +51,5 @@ def test_a_node_may_run_on_one(tiny: str):
 
 
 def test_a_node_is_told_its_mistakes_as_ever(tiny: str, capsys: pytest.CaptureFixture[str]):
-    assert main([tiny, "--set", "questions.max_waiting=none"]) == 2
+    assert main(["--sizes", tiny, "--set", "questions.max_waiting=none"]) == 2
     assert "questions.max_waiting" in capsys.readouterr().err

@@ -52,7 +52,7 @@ from .feed import Feed, Stamp
 from .interrupt import ending_on_signal
 from .link import LOSSLESS_IN_FLIGHT, NoSubscriberError, stats_of
 from .node import require_node
-from .node_process import running_node
+from .node_process import NODE_MODULE, running_node
 from .playback import POLL_S, STALLED_AFTER_S, StalledError
 from .plot import check_plot
 from .prediction import Footprint, Prediction, predict
@@ -60,6 +60,7 @@ from .quantity import bytes_text, seconds_text
 from .replay import stream_slug
 from .video import ReaderName, Selection, Video, VideoFrame, open_video
 
+PUBLISHED_MODULE = "onlooker.node.published_node"
 NUM_PROBE_CHUNKS = 3
 PROBE_SHARE = 8  # of the free memory, one part in so many is for the probe
 MIN_PROBE_BYTES = 256 << 20
@@ -130,6 +131,12 @@ def capacity(
     model: Annotated[
         str | None, typer.Option(help="Start a node with this model; without it, the one running here is used.")
     ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Start a node with published sizes and random weights, such as qwen2.5-vl-3b."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Of a node that is started: auto, cpu, cuda, cuda:N.")] = "auto",
     stride: Annotated[int, typer.Option(min=1, help="Send every n-th picture.", envvar="FRAME_STRIDE")] = 1,
     chunk_frames: Annotated[int, typer.Option(help="Frames encoded together: 1, 2, 4, 6 or 8.")] = 4,
@@ -160,6 +167,8 @@ def capacity(
     timeout_s: TimeoutOption = 60.0,
 ) -> None:
     """Find out how much of a video a node can remember."""
+    if model is not None and config is not None:
+        raise typer.BadParameter("a model has its own sizes: give one of the two", param_hint="--config")
     if plot is not None:
         check_plot(plot)
     options = CapacityOptions(
@@ -179,8 +188,8 @@ def capacity(
 
     with ExitStack() as stack:
         source = stack.enter_context(open_video(video, reader=reader))
-        if model is not None:
-            route = stack.enter_context(_own_node(model, device, route, say))
+        if model is not None or config is not None:
+            route = stack.enter_context(_own_node(model, config, device, route, say))
         stack.enter_context(ending_on_signal(stop))
         report = measure_capacity(source, route, options, say, stop)
     if is_json:
@@ -407,13 +416,17 @@ def _aftermath(client: NodeClient, stream: str) -> Aftermath:
 
 
 @contextmanager
-def _own_node(model: str, device: str, route: Route, say: Callable[[str], None]) -> Iterator[Route]:
-    """A node for this run alone. Raises NodeProcessError."""
+def _own_node(
+    model: str | None, config: str | None, device: str, route: Route, say: Callable[[str], None]
+) -> Iterator[Route]:
+    """A node for this run alone: of a model, or of a published one's sizes. Raises NodeProcessError."""
     require_node()
-    say(f"Starting a node with {model} ...")
+    say(f"Starting a node with {model or config} ...")
+    module = NODE_MODULE if config is None else PUBLISHED_MODULE
+    which = ("--model", str(model)) if config is None else ("--sizes", config)
     with (
         tempfile.TemporaryDirectory(prefix="onlooker-capacity-") as folder,
-        running_node(("--model", model, "--device", device), Path(folder) / "node.log") as node,
+        running_node((*which, "--device", device), Path(folder) / "node.log", module) as node,
     ):
         ends = node.endpoints
         yield Route(ends["frames"], ends["ask"], ends["control"], Keys(), route.timeout_s)

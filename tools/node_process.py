@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..protocol.errors import OnlookerError
 
+NODE_MODULE = "onlooker.node"
 READY_TIMEOUT_S = 180.0  # torch may have to be read from a cold disk
 END_TIMEOUT_S = 2.0
 MAX_LOG_LINES = 20
@@ -32,11 +33,14 @@ class NodeProcess:
     The environment's own settings of nodes are kept from it: it is the same on every machine.
     """
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
-        """Start it and wait until it is ready; its log goes to a file. Raises NodeProcessError."""
+    def __init__(self, arguments: Sequence[str], log: Path, module: str = NODE_MODULE) -> None:
+        """Start it and wait until it is ready; its log goes to a file. Raises NodeProcessError.
+
+        `module` is what Python runs: the node, or what starts one with more flags than the node has.
+        """
         self._log = log
         self.end_s: float | None = None  # how long it took to end when it was asked to
-        command = [sys.executable, "-m", "onlooker.node", "--print-ready", *_free_ports(), *arguments]
+        command = [sys.executable, "-m", module, "--print-ready", *_free_ports(), *arguments]
         environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("ONLOOKER_")}
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
@@ -92,12 +96,12 @@ class NodeProcess:
 
 
 @contextmanager
-def running_node(arguments: Sequence[str], log: Path) -> Iterator[NodeProcess]:
+def running_node(arguments: Sequence[str], log: Path, module: str = NODE_MODULE) -> Iterator[NodeProcess]:
     """Have a node for the time of a `with`, and ask it to end afterwards.
 
     Raises NodeProcessError instead of what went wrong meanwhile, if the node was gone then.
     """
-    node = NodeProcess(arguments, log)
+    node = NodeProcess(arguments, log, module)
     try:
         yield node
         node.end()
