@@ -13,7 +13,6 @@ from mcap_protobuf.decoder import DecoderFactory
 from records import NS, hello, node_stats, stream_stats
 
 from onlooker.protocol.codec import TelemetryRecord
-from onlooker.protocol.endpoints import ENDPOINTS
 from onlooker.protocol.messages import Ask, Event, Failure, FrameHeader
 from onlooker.tools.session_file import (
     FrameEntry,
@@ -25,7 +24,6 @@ from onlooker.tools.session_file import (
     SessionReader,
     SessionWriter,
     TelemetryEntry,
-    object_schema,
 )
 
 JPEG = FrameHeader(session="s", stream="front", ts=5 * NS + 7, enc="jpeg", fps=29.97)
@@ -139,14 +137,6 @@ def test_pictures_have_the_well_known_schemas(path: Path) -> None:
     assert (compressed.timestamp.seconds, compressed.timestamp.nanos) == (5, 7)
     _, raw = images["foxglove.RawImage"]
     assert (raw.encoding, raw.width, raw.height, raw.step, raw.data) == ("mono8", 2, 2, 3, b"abcdef")
-
-
-@pytest.mark.parametrize("kind", {each for endpoint in ENDPOINTS.values() for each in endpoint[:2]}, ids=str)
-def test_a_schema_is_an_object_in_one_piece(kind: type) -> None:
-    schema = object_schema(RecordedRequest[kind])
-    assert schema["type"] == "object"
-    assert b"$ref" not in msgspec.json.encode(schema)
-    assert schema["properties"]["data"]["type"] == "object"
 
 
 def test_a_message_has_what_its_schema_says(path: Path) -> None:

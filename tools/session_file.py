@@ -41,6 +41,7 @@ from ..protocol.messages import (
     NodeStats,
     StreamStats,
 )
+from .message_schema import object_schema
 
 T = TypeVar("T")
 
@@ -110,19 +111,6 @@ class TelemetryEntry:
 
 
 Entry = FrameEntry | RequestEntry | ReplyEntry | TelemetryEntry
-
-
-def object_schema(kind: Any) -> dict[str, Any]:
-    """The JSON schema of a message in one piece: not every reader follows references."""
-    (whole,), parts = msgspec.json.schema_components([kind], ref_template="{name}")
-
-    def resolved(node: Any) -> Any:
-        if isinstance(node, dict):
-            node = {**parts[node["$ref"]]} if "$ref" in node else node
-            return {key: resolved(value) for key, value in node.items()}
-        return [resolved(each) for each in node] if isinstance(node, list) else node
-
-    return resolved(whole)
 
 
 class SessionWriter:
