@@ -22,6 +22,7 @@ from nodes import remember, running_node
 from prometheus_client import CollectorRegistry, generate_latest
 from records import NS, hello, node_stats, stream_stats
 from telemetry_publisher import TelemetryPublisher
+from test_commands import run_without
 
 from onlooker.protocol.errors import DropReason, ErrorCode
 from onlooker.protocol.messages import UNSET, Event, QuestionCounters, StageTimings
@@ -281,3 +282,9 @@ def test_the_exporter_is_light() -> None:
     code += "if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+def test_without_its_extra_it_says_what_to_install() -> None:
+    run = run_without("prometheus_client", "metrics")
+    assert run.returncode == 1
+    assert run.stderr.endswith("install it with: pip install 'onlooker[metrics]'\n")

@@ -18,6 +18,7 @@ from commands import endpoint_flags, onlooker, start_onlooker
 from deadline import until
 from fakes import FakeEngine
 from nodes import RawClient, remember, running_node
+from test_commands import run_without
 
 from onlooker.node.node import Node
 from onlooker.protocol.camera import FramePublisher
@@ -301,3 +302,12 @@ def test_without_a_node_there_is_nothing_to_record(tmp_path: Path) -> None:
     ended = onlooker("record", tmp_path / "x.mcap", "--timeout", 0.2, *nowhere)
     assert ended.status == 3
     assert not (tmp_path / "x.mcap").exists()
+
+
+@pytest.mark.parametrize("module", ["mcap.writer", "foxglove_schemas_protobuf.RawImage_pb2", "google.protobuf"])
+def test_without_its_extra_it_says_what_to_install(module: str, tmp_path: Path) -> None:
+    (tmp_path / "x.mcap").touch()
+    for arguments in (("record", str(tmp_path / "y.mcap")), ("replay", str(tmp_path / "x.mcap"))):
+        run = run_without(module, *arguments)
+        assert run.returncode == 1
+        assert run.stderr.endswith("install it with: pip install 'onlooker[record]'\n")

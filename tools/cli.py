@@ -9,6 +9,7 @@ EXTRAS = {
     "mcap": "record",
     "mcap_protobuf": "record",
     "foxglove_schemas_protobuf": "record",
+    "google": "record",  # protobuf
 }
 
 

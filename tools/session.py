@@ -19,7 +19,8 @@ from .interrupt import ending_on_signal
 from .quantity import reasons_text
 
 if TYPE_CHECKING:
-    from .session_replay import Outcome, Repeated
+    from .comparison import Outcome
+    from .session_replay import Repeated
 
 MAX_SHOWN = 100  # characters of a question or an answer
 
@@ -46,8 +47,10 @@ def replay_session(path: Path, way: Way, *, rate: float, resets: bool, is_json: 
 
     Raises DifferenceError if there are any, SessionError for a file that is no session, and the client's errors.
     """
+    from .frame_sender import FrameSender
     from .session_file import SessionReader  # needs the extra `record`
-    from .session_replay import FrameSender, Repetition, make_plan
+    from .session_plan import make_plan
+    from .session_replay import Repetition
 
     if rate < 0:
         raise typer.BadParameter(f"it is 0 or above, got {rate}", param_hint="--rate")

@@ -1,143 +1,30 @@
-"""Repeats a recorded session: the same frames to a node, the same questions, and whether it answers as it did.
-
-A question is asked when the node's memory ends with the frame with which it ended when the question was answered
-first, and the frames after it wait until it is answered: so the answer depends on nothing but the node.
-"""
+"""Repeats a recorded session: the same frames to a node, the same questions, and whether it answers as it did."""
 
 from __future__ import annotations
 
 import threading
 import time
-import uuid
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
-import zmq
 from msgspec import UNSET
-from msgspec.structs import replace
 
 from ..protocol.client import NodeClient
-from ..protocol.codec import encode_frame
-from ..protocol.curve import become_client, load_credentials
-from ..protocol.errors import ErrorCode, NodeError, NoReplyError
-from ..protocol.messages import Answer, Ask, AskChoice, CacheInfo, Choice, FrameHeader, Hello, Mark
-from ..protocol.sockets import FRAMES_HWM, connect, open_socket
-from .connection import Keys
-from .link import NoSubscriberError, stats_of
+from ..protocol.errors import ErrorCode, NodeError
+from ..protocol.messages import Answer, Ask, AskChoice, CacheInfo, Choice, FrameHeader
+from .comparison import Outcome, compared, outcome_of
+from .frame_sender import FrameSender
+from .link import stats_of
 from .quantity import reasons_text
-from .session_file import Entry, FrameEntry, ReplyEntry, RequestEntry, SessionError, SessionReader, TelemetryEntry
+from .session_file import Entry, FrameEntry, SessionError
+from .session_plan import Act, Plan
 
 QUESTIONS = frozenset({"ask", "ask_choice"})
 POLL_S = 0.005
 # Frames of a stream that may be on their way: below the ring of a node with default settings.
 MAX_PENDING = 16
 LOOK_EVERY = 4
-CLOSING_MS = 1000
-MAX_SUBSCRIPTION_BYTES = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Act:
-    """A request of the session, and the number of frames that come before it."""
-
-    num_frames: int
-    entry: RequestEntry
-    reply: ReplyEntry | None
-
-    @property
-    def data(self) -> Any:
-        return self.entry.request.data
-
-    @property
-    def failure(self) -> str | None:
-        """Why it had no result; None if it had one."""
-        if self.reply is None:
-            return "was never answered"
-        error = self.reply.reply.error
-        return None if error is UNSET else f"ended with {error.code}"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a session consists of, without its pictures."""
-
-    acts: tuple[Act, ...]
-    streams: tuple[str, ...]  # in the order of their first frames
-    num_frames: int
-    hello: Hello | None
-
-
-def make_plan(reader: SessionReader) -> Plan:
-    """Find out when each request is to be repeated. Raises SessionError."""
-    entries = list(reader.entries(has_payloads=False))
-    frames = [entry for entry in entries if isinstance(entry, FrameEntry)]
-    replies = {_name(entry.reply): entry for entry in entries if isinstance(entry, ReplyEntry)}
-    hellos = [e.record for e in entries if isinstance(e, TelemetryEntry) and isinstance(e.record, Hello)]
-    acts: list[Act] = []
-    num_before = 0
-    for entry in entries:
-        if isinstance(entry, FrameEntry):
-            num_before += 1
-        elif isinstance(entry, RequestEntry):
-            reply = replies.get(_name(entry.request))
-            last = _last_known(entry, reply, frames)
-            acts.append(Act(num_before if last is None else last + 1, entry, reply))
-    return Plan(
-        acts=tuple(sorted(acts, key=lambda act: (act.num_frames, act.entry.at_ns))),
-        streams=tuple(dict.fromkeys(frame.header.stream for frame in frames)),
-        num_frames=len(frames),
-        hello=hellos[0] if hellos else None,
-    )
-
-
-def _name(message: Any) -> tuple[str, str]:
-    return message.session, message.id
-
-
-def _last_known(entry: RequestEntry, reply: ReplyEntry | None, frames: list[FrameEntry]) -> int | None:
-    """The index of the last frame that the memory held for a question or a mark; None where that does not matter."""
-    if reply is None or reply.reply.data is UNSET or getattr(entry.request.data, "as_of", UNSET) is not UNSET:
-        return None
-    is_newest = _newest_of(reply.reply.data)
-    if is_newest is None:
-        return None
-    stream = entry.request.data.stream
-    before = [n for n, frame in enumerate(frames) if frame.at_ns < reply.at_ns and frame.header.stream == stream]
-    last = next((place for place in range(len(before) - 1, -1, -1) if is_newest(frames[before[place]])), None)
-    if last is None:
-        return None
-    # The end of a stream adds nothing to its memory, but completes the last chunk.
-    if last + 1 < len(before) and frames[before[last + 1]].header.eos:
-        last += 1
-    return before[last]
-
-
-def _newest_of(data: Any) -> Callable[[FrameEntry], bool] | None:
-    if isinstance(data, Answer | Choice):
-        seq = data.memory.until_seq
-        return lambda frame: frame.seq == seq and not frame.header.eos
-    if isinstance(data, Mark) and isinstance(data.until_ns, int):
-        until_ns = data.until_ns
-        return lambda frame: frame.header.ts == until_ns and not frame.header.eos
-    return None
-
-
-Status = Literal["same", "different", "not compared"]
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a request that was repeated."""
-
-    endpoint: str
-    stream: str
-    question: str
-    status: Status
-    reason: str
-    recorded: str
-    now: str
 
 
 @dataclass(eq=False)
@@ -150,62 +37,6 @@ class Repeated:
     @property
     def num_different(self) -> int:
         return sum(outcome.status == "different" for outcome in self.outcomes)
-
-
-class FrameSender:
-    """Sends frames with the numbers they had, to a node that listens; sessions are new, as they must be."""
-
-    def __init__(self, endpoint: str, keys: Keys, timeout_s: float) -> None:
-        """Raises OSError or ValueError for unusable keys."""
-        credentials = load_credentials(keys.server, keys.client)
-        self._endpoint, self._timeout_s = endpoint, timeout_s
-        self._sessions: defaultdict[str, str] = defaultdict(lambda: uuid.uuid4().hex)
-        self._open: dict[str, tuple[FrameHeader, int]] = {}  # the last frame of a session that has not ended
-        self._context = zmq.Context()
-        self._socket = open_socket(
-            self._context, zmq.XPUB, max_message_bytes=MAX_SUBSCRIPTION_BYTES, linger_ms=CLOSING_MS, hwm=FRAMES_HWM
-        )
-        self._socket.set(zmq.XPUB_NODROP, 1)
-        self._socket.set(zmq.SNDTIMEO, int(timeout_s * 1000))
-        if credentials is not None:
-            become_client(self._socket, credentials.server_public, credentials.pair)
-        connect(self._socket, endpoint)
-
-    def wait_for_node(self, stream: str) -> None:
-        """Wait until the node asks for frames. Raises NoSubscriberError."""
-        if not self._socket.poll(int(self._timeout_s * 1000)):
-            raise NoSubscriberError(stream, self._endpoint, self._timeout_s)
-        self._socket.recv()
-
-    def send(self, frame: FrameEntry) -> FrameHeader:
-        """Send a frame and return the header it got. Raises NoReplyError if the node takes none for long."""
-        header = replace(frame.header, session=self._sessions[frame.header.session])
-        try:
-            self._socket.send_multipart(encode_frame(header, frame.seq, frame.payload))
-        except zmq.Again as error:
-            raise NoReplyError(self._endpoint, self._timeout_s) from error
-        self._open[header.session] = header, frame.seq
-        if header.eos:
-            del self._open[header.session]
-        return header
-
-    def close(self) -> None:
-        """Say that the sessions have ended which the recording left open, so that the next may begin."""
-        try:
-            for header, seq in self._open.values():
-                end = FrameHeader(session=header.session, stream=header.stream, ts=header.ts, eos=True)
-                self._socket.send_multipart(encode_frame(end, seq + 1))
-        except zmq.Again as error:
-            raise NoReplyError(self._endpoint, self._timeout_s) from error
-        finally:
-            self._socket.close()
-            self._context.term()
-
-    def __enter__(self) -> FrameSender:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 class Repetition:
@@ -289,17 +120,17 @@ class Repetition:
         if act.entry.endpoint in QUESTIONS:
             self.repeated.outcomes.append(self._asked_again(act))
         elif act.failure is None and (trouble := self._done_again(act)):
-            self.repeated.outcomes.append(_outcome(act, "different", trouble))
+            self.repeated.outcomes.append(outcome_of(act, "different", trouble))
 
     def _asked_again(self, act: Act) -> Outcome:
         if act.failure is not None:
-            return _outcome(act, "not compared", act.failure)
+            return outcome_of(act, "not compared", act.failure)
         if act.data.as_of is UNSET:
             self._settle(act.data.stream)
         try:
             now = self._ask(act.data)
         except NodeError as error:
-            return _outcome(act, "different", f"now ends with {error.code}")
+            return outcome_of(act, "different", f"now ends with {error.code}")
         recorded = act.reply.reply.data if act.reply else None
         assert isinstance(recorded, Answer | Choice)  # there was no failure
         return compared(act, recorded, now)
@@ -391,36 +222,3 @@ def _until(condition: Callable[[], bool], timeout_s: float) -> bool:
             return False
         time.sleep(POLL_S)
     return True
-
-
-def compared(act: Act, recorded: Answer | Choice, now: Answer | Choice) -> Outcome:
-    """Whether an answer is the one that was recorded, from a memory of the same size, and left no trace."""
-    if not now.memory.unchanged:
-        return _outcome(act, "different", "the memory was not the same after it", now)
-    before, after = recorded.memory, now.memory
-    if (before.num_frames, before.num_tokens) != (after.num_frames, after.num_tokens):
-        sizes = f"{after.num_frames} frames of {after.num_tokens} tokens"
-        reason = f"the memory has {sizes} instead of {before.num_frames} of {before.num_tokens}"
-        return _outcome(act, "different", reason, now)
-    if isinstance(act.data, Ask) and act.data.temperature > 0 and act.data.seed is UNSET:
-        return _outcome(act, "not compared", "its temperature is above 0 and it has no seed", now)
-    if _text(recorded) != _text(now):
-        return _outcome(act, "different", "another answer", now)
-    return _outcome(act, "same", "", now)
-
-
-def _outcome(act: Act, status: Status, reason: str, now: Answer | Choice | None = None) -> Outcome:
-    recorded = None if act.reply is None else act.reply.reply.data
-    return Outcome(
-        endpoint=act.entry.endpoint,
-        stream=act.data.stream,
-        question=getattr(act.data, "question", ""),
-        status=status,
-        reason=reason,
-        recorded=_text(recorded),
-        now=_text(now),
-    )
-
-
-def _text(reply: object) -> str:
-    return reply.text if isinstance(reply, Answer) else reply.option if isinstance(reply, Choice) else ""
