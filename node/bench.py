@@ -59,6 +59,7 @@ from .published import PUBLISHED, build_network, build_published, default_device
 
 logger = logging.getLogger(__name__)
 
+WIRE_ENCODINGS = ("jpeg", "png", "rgb8")
 NAIVE_SHARE = 0.35  # of the budget
 _ROW_TOKENS = 30_000  # of chunks in a row, at most: the history grows by them
 _ROW_S = 1.5
@@ -402,6 +403,13 @@ def _chunk_counts(text: str) -> tuple[int, ...]:
     return counts
 
 
+def _encodings(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= set(WIRE_ENCODINGS):
+        raise argparse.ArgumentTypeError(f"frames are sent as {', '.join(WIRE_ENCODINGS)}, got {text!r}")
+    return names
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -423,7 +431,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--chunk-frames", type=_chunk_counts, default=(4,), metavar="N,…", help="frames a chunk")
     add("--history", type=_counts, metavar="N,…", help="tokens in the memory before a chunk or a question")
     add("--wire", type=int, metavar="N", help="frames to send over real sockets; 0: none")
-    add("--wire-encoding", default="jpeg", metavar="NAME,…", help="jpeg, png, rgb8")
+    add("--wire-encoding", type=_encodings, default=("jpeg",), metavar="NAME,…", help=", ".join(WIRE_ENCODINGS))
     add("--naive", default="sdpa", choices=("sdpa", "eager", "off"), help="attention of transformers' own way")
     add("--compile", default="auto", choices=("auto", "on", "off"), help="as a node's setting of that name")
     add("--quick", action="store_true", help="chunks one by one: none in a row, none while questions are answered")
@@ -442,7 +450,7 @@ def _plan(args: argparse.Namespace, defaults: dict[str, Any]) -> Plan:
         settings=tuple(Setting(*size, num) for size in sizes for num in args.chunk_frames),
         histories=tuple(sorted(set(args.history or _counts(defaults["history"])))),
         wire_frames=defaults["wire"] if args.wire is None else args.wire,
-        wire_encodings=tuple(args.wire_encoding.split(",")),
+        wire_encodings=args.wire_encoding,
         attention=None if args.naive == "off" else args.naive,
         compile=args.compile,
         has_profile=args.profile,

@@ -133,7 +133,14 @@ def test_nothing_is_measured_once_the_time_is_over(checkpoints: Checkpoints, tmp
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--size", "1920"), ("--size", "0x5"), ("--chunk-frames", "3"), ("--history", "-1"), ("--budget-s", "0")],
+    [
+        ("--size", "1920"),
+        ("--size", "0x5"),
+        ("--chunk-frames", "3"),
+        ("--history", "-1"),
+        ("--budget-s", "0"),
+        ("--wire-encoding", "bmp"),
+    ],
 )
 def test_a_mistake_in_the_arguments_is_told_at_once(arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as error:
