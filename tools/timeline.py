@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -60,10 +62,14 @@ class Span:
 
 @dataclass(eq=False)
 class Timeline:
-    """Spans of one stream, oldest first, at most `MAX_SPANS`; older ones grow coarser. Not for several threads."""
+    """Spans of one stream, oldest first, at most `MAX_SPANS`; all but the newest grow coarser with time.
+
+    Not for several threads.
+    """
 
     spans: list[Span] = field(default_factory=list)
     _before: StreamStats | None = None
+    _resolution_s: int = 1  # a power of two
     _kept: deque[tuple[float, int]] = field(default_factory=deque)  # when, and how many until then
 
     def take(self, stats: StreamStats) -> None:
@@ -83,7 +89,17 @@ class Timeline:
         self._before = stats
         self._note_kept(stats)
         if len(self.spans) > MAX_SPANS:
-            self.spans = coarser(self.spans)
+            self._join_spans()
+
+    def _join_spans(self) -> None:
+        """Join spans that end within the same so many seconds of the clock, twice as many until there is room."""
+        while True:
+            groups = itertools.groupby(self.spans, lambda span: span.end_s // self._resolution_s)
+            joined = [functools.reduce(Span.joined, group) for _, group in groups]
+            if len(joined) <= MAX_SPANS // 2:
+                self.spans = joined
+                return
+            self._resolution_s *= 2
 
     def _note_kept(self, stats: StreamStats) -> None:
         self._kept.append((stats.ts / NS_PER_S, stats.frames.kept))
@@ -117,12 +133,6 @@ class Timeline:
     @property
     def num_remembered(self) -> int:
         return sum(span.remembered for span in self.spans)
-
-
-def coarser(spans: list[Span]) -> list[Span]:
-    """Half as many, each two joined; where their number is odd, the newest stays as it is."""
-    pairs = [first.joined(second) for first, second in zip(spans[::2], spans[1::2], strict=False)]
-    return pairs + spans[2 * len(pairs) :]
 
 
 def thinned(items: list[T], max_items: int) -> list[T]:

@@ -176,9 +176,9 @@ class Page:
         with gr.Accordion("How a new stream is encoded", open=False, elem_id="settings"):
             self._chunk = gr.Radio(CHUNKS, value="4", label="Frames encoded together", elem_id="chunk")
             with gr.Row():
-                self._fps = _field("Frames a second to keep", "all", "fps")
-                self._size = _field("Encode width and height", "640x360, or as received", "encode-size")
-                self._memory_mib = _field("Memory, MiB", "as the node says", "memory-mib")
+                self._fps = _field("Frames a second", "all", "fps")
+                self._size = _field("Encode size", "as received", "encode-size")
+                self._memory_mib = _field("Memory, MiB", "default", "memory-mib")
             self._apply = gr.Button("Begin the stream anew with these", size="sm", elem_id="apply")
             self._settings_note = _html("settings-note")
 
@@ -229,7 +229,7 @@ class Page:
             self._mark_choice = gr.Dropdown(
                 [], show_label=False, container=False, elem_id="mark-choice", scale=3, min_width=120, filterable=False
             )
-            self._rollback = gr.Button("Roll back", elem_id="rollback", scale=1, min_width=70)
+            self._rollback = gr.Button("Roll back", elem_id="rollback", scale=1, min_width=95)
             self._delete = gr.Button("Delete", elem_id="delete", scale=1, min_width=70)
         self._mark_note = _html("mark-note")
 
@@ -258,6 +258,8 @@ class Page:
         _on(self._mark.click, self._press_mark, [self._stream, self._mark_name], [self._mark_note, self._mark_name])
         _on(self._rollback.click, self._press_rollback, [self._stream, self._mark_choice], [self._mark_note])
         _on(self._delete.click, self._press_delete, [self._stream, self._mark_choice], [self._mark_note])
+        notes = [self._source_note, self._settings_note, self._ask_note, self._mark_note]
+        _on(self._stream.input, lambda: [""] * len(notes), [], notes)  # they were about another stream
         self._webcam.stream(
             self._see, [self._webcam, *settings], on_source, stream_every=WEBCAM_EVERY_S, show_progress="hidden",
             time_limit=None, concurrency_limit=1, api_visibility="private",
@@ -299,10 +301,7 @@ class Page:
         changed = {name for name, value in now.items() if seen.get(name) != value}
         return [
             now if changed else gr.skip(),
-            # A choice that was made meanwhile stays: only one that cannot be is replaced.
-            gr.update(choices=names, **({} if chosen == stream else {"value": chosen}))
-            if "streams" in changed
-            else gr.skip(),
+            _stream_update(names, stream, chosen) if "streams" in changed else gr.skip(),
             gr.update(choices=[NOW, *marks]) if "as_of" in changed else gr.skip(),
             gr.update(choices=marks) if "mark_choice" in changed else gr.skip(),
             *(html[name] if name in changed else gr.skip() for name in self._drawn),
@@ -480,12 +479,17 @@ class Page:
         self._sources.webcam(WEBCAM).send(np.ascontiguousarray(picture))
 
 
+def _stream_update(names: list[str], stream: str | None, chosen: str | None) -> Any:
+    """The list of streams. A choice that was made meanwhile stays: only one that cannot be is replaced."""
+    return gr.update(choices=names) if chosen == stream else gr.update(choices=names, value=chosen)
+
+
 def _html(name: str) -> gr.HTML:
     return gr.HTML("", elem_id=name, apply_default_css=False, js_on_load=None)
 
 
 def _field(label: str, placeholder: str, name: str) -> gr.Textbox:
-    return gr.Textbox("", label=label, placeholder=placeholder, elem_id=name, min_width=140)
+    return gr.Textbox("", label=label, placeholder=placeholder, elem_id=name, min_width=110)
 
 
 def _heading(text: str) -> None:

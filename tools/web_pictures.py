@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
@@ -25,10 +24,11 @@ from .web_session import Presence, Question, Sample, in_words
 from .web_source import Player
 
 MAX_EVENTS = 6
-MAX_COLUMNS = 100
-MIN_TIMELINE_S = 20
+MAX_COLUMNS = 120
+MIN_COLUMNS = 20
 BAR_HEIGHT = 84  # of 100, which leaves room for the scale
 NUM_TICKS = 4
+_QUARTERS = (25, 50, 75, 100)
 UNKNOWN = "\N{EN DASH}"
 
 # Components of device memory: field, name, and class in web.css, from the bottom up.
@@ -263,10 +263,10 @@ def timeline(known: Timeline | None, marks: Sequence[Mark], questions: Sequence[
     """What became of the frames over time: remembered, forgotten, left out on purpose, lost."""
     if known is None or not known.spans:
         return '<div class="ol-plot ol-empty"><p>What is remembered will be drawn here, as it comes in.</p></div>'
-    start_s = known.spans[0].start_s
-    num_s = max(MIN_TIMELINE_S, math.floor(known.spans[-1].end_s - start_s) + 1)
-    column_s = math.ceil(num_s / MAX_COLUMNS)
-    num_columns = math.ceil(num_s / column_s)
+    column_s = _column_s(known.spans[-1].end_s - known.spans[0].start_s)
+    # Whole columns of the clock, as the spans themselves: none holds a part of one.
+    start_s = known.spans[0].start_s // column_s * column_s
+    num_columns = max(MIN_COLUMNS, int((known.spans[-1].end_s - start_s) // column_s) + 1)
     columns = list(_columns(known.spans, start_s, column_s))
     highest = max(column.span.num_frames for column in columns)
     bars = "".join(_column_svg(column, highest, 100 / num_columns) for column in columns)
@@ -278,6 +278,11 @@ def timeline(known: Timeline | None, marks: Sequence[Mark], questions: Sequence[
     scale = f'<span class="ol-scale" style="bottom:{BAR_HEIGHT}%">{highest:,} frames in {seconds_text(column_s)}</span>'
     body = f'<div class="ol-plot">{plot}{scale}{flags}</div>{_time_axis(start_s, length_s)}'
     return f"{_timeline_legend(known)}{body}"
+
+
+def _column_s(length_s: float) -> int:
+    """Seconds of a column, a power of two."""
+    return next(2**n for n in itertools.count() if length_s / 2**n < MAX_COLUMNS)
 
 
 def _columns(spans: Sequence[Span], start_s: float, column_s: float) -> Iterator[Column]:
@@ -378,13 +383,15 @@ def device_memory(samples: Sequence[Sample]) -> str:
         areas += _area(kind, name, shares, below, above, top)
         below = above
     legend = _legend((kind, name, bytes_text(_size(samples[-1], field))) for field, name, kind in known)
-    grid = "".join(
-        f'<span class="ol-grid" style="bottom:{25 * i}%">{bytes_text(round(top * i / 4)) if i % 2 == 0 else ""}</span>'
-        for i in range(1, 5)
-    )
+    grid = "".join(_grid_line(share, "" if share % 50 else bytes_text(round(top * share / 100))) for share in _QUARTERS)
     svg = f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="device memory">{areas}</svg>'
     axis = _time_axis(start_s, end_s - start_s)
     return f'{legend}<div class="ol-plot">{svg}{grid}</div>{axis}{_device_text(samples[-1])}'
+
+
+def _grid_line(share: int, text: str) -> str:
+    label = f"<b>{text}</b>" if text else ""
+    return f'<span class="ol-grid" style="bottom:{share}%">{label}</span>'
 
 
 def _size(sample: Sample, field: str) -> int:
