@@ -83,7 +83,7 @@ def test_systemd_takes_the_unit(tmp_path: Path, unit: Path) -> None:
     executable = shutil.which("true")
     assert executable
     copy = tmp_path / unit.name
-    copy.write_text(unit.read_text().replace("/opt/onlooker/bin/onlooker", executable))
+    copy.write_text(re.sub(r"^(Exec\w+=[+-]*)\S+", rf"\g<1>{executable}", unit.read_text(), flags=re.MULTILINE))
     check = subprocess.run(["systemd-analyze", "verify", str(copy)], capture_output=True, text=True)
     assert (check.returncode, check.stderr) == (0, "")
 
