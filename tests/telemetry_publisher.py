@@ -51,3 +51,10 @@ class TelemetryPublisher:
             self._socket.send_multipart(encode_telemetry(topic, self._seqs[topic], record))
             self._seqs[topic] += 1
         return len(records)
+
+    def publish_parts(self, *parts: bytes) -> None:
+        self._socket.send_multipart(parts)
+
+    def lose(self, num: int, topic: str) -> None:
+        """Leave out some numbers of a topic, as if records had been lost."""
+        self._seqs[topic.encode()] += num

@@ -162,6 +162,17 @@ def test_events_are_counted_by_kind_over_restarts(followed: Followed) -> None:
     assert samples[followed.node.endpoint, "memory_full"] == 0
 
 
+def test_records_that_never_came_and_those_that_are_none_are_counted(followed: Followed) -> None:
+    followed.hear(node_stats())
+    followed.node.lose(3, "stats/n1/")
+    followed.hear(node_stats())
+    followed.node.publish_parts(b"stats/n1/", b"short")
+    followed.exporter.follow(0.2)
+    samples = followed.samples()
+    assert samples["onlooker_telemetry_missed_total"] == {(followed.node.endpoint,): 3}
+    assert samples["onlooker_telemetry_malformed_total"] == {(followed.node.endpoint,): 1}
+
+
 @pytest.mark.parametrize(
     ("stats", "is_ready", "reason"),
     [

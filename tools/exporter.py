@@ -41,17 +41,19 @@ class Exporter(Collector):
         self._now = now
         self._view = View(endpoint)
         self._events: Counter[str] = Counter()
+        self._num_missed = self._num_malformed = 0
         self._lock = threading.Lock()
 
     def follow(self, timeout_s: float) -> None:
         """Take in what comes within a time, on one thread alone. Raises AuthError while the keys are refused."""
         message = self._subscriber.receive(timeout_s)
-        if message is None:
-            return
         with self._lock:
-            self._view.take(message.record, self._now())
-            if isinstance(message.record, Event):
-                self._events[message.record.kind] += 1
+            self._num_missed = sum(self._subscriber.gaps.values())
+            self._num_malformed = self._subscriber.num_malformed
+            if message is not None:
+                self._view.take(message.record, self._now())
+                if isinstance(message.record, Event):
+                    self._events[message.record.kind] += 1
 
     @property
     def readiness(self) -> Readiness:
@@ -73,7 +75,7 @@ class Exporter(Collector):
         with self._lock:
             view, is_up = self._view, self._view.is_online(self._now())
             hello, stats, streams = view.hello, view.stats, list(view.streams.values())
-            hearing = Hearing(is_up, dict(self._events), sum(self._subscriber.gaps.values()), self._num_malformed)
+            hearing = Hearing(is_up, dict(self._events), self._num_missed, self._num_malformed)
         yield from _metrics(families.OF_HEARING, ("endpoint",), [((view.endpoint,), hearing)])
         if not is_up or hello is None:
             return
@@ -81,10 +83,6 @@ class Exporter(Collector):
         yield from _metrics(families.OF_HELLO, ("node",), [(node, hello)])
         yield from _metrics(families.OF_NODE, ("node",), [] if stats is None else [(node, stats)])
         yield from _metrics(families.OF_STREAM, ("node", "stream"), [((*node, each.stream), each) for each in streams])
-
-    @property
-    def _num_malformed(self) -> int:
-        return self._subscriber.num_malformed
 
 
 def _metrics(
