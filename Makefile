@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FOLDERS := node protocol tools training
 
-.PHONY: install demo test check links constraints clean
+.PHONY: install demo test check links constraints launch clean
 
 install: $(STAMP)
 
@@ -27,6 +27,12 @@ constraints: $(STAMP)
 	sed -n '/^#/p' constraints.txt > constraints.new
 	$(BIN)/pip freeze --all --exclude onlooker --exclude pip | sed 's/+cpu$$//' >> constraints.new
 	mv constraints.new constraints.txt
+
+# What is written by a command from what the code says, for those who only read the repository.
+launch: $(STAMP)
+	$(BIN)/onlooker node --print-config > launch/node.toml
+	$(BIN)/onlooker metrics --dashboard > launch/grafana/onlooker.json
+	$(BIN)/onlooker metrics --rules > launch/prometheus/alerts.yml
 
 clean:
 	rm -rf $(VENV) build dist typings *.egg-info .pytest_cache .ruff_cache .hypothesis
