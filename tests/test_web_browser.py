@@ -29,6 +29,7 @@ if find_spec("gradio") is None:
 
 from selenium import webdriver
 from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
 
 from onlooker.tools.scenes import write_clip
 from onlooker.tools.story import make_plain_story
@@ -43,6 +44,13 @@ PATIENCE_S = 20.0
 THINGS = ("red circle", "blue square", "green triangle")
 ROOT = Path(__file__).parent.parent
 CLICK = "arguments[0].click()"
+
+_PRESS_ENTRY = """
+const entries = [...document.querySelectorAll(`#${arguments[0]} ul li, ul.options li`)];
+const entry = entries.find(each => each.textContent.includes(arguments[1]));
+entry?.dispatchEvent(new MouseEvent("mousedown", {bubbles: true, cancelable: true}));
+return entry !== undefined;
+"""
 
 
 class Screen:
@@ -80,9 +88,11 @@ class Screen:
     def wait(self, css: str, pattern: str, timeout_s: float = PATIENCE_S) -> re.Match[str]:
         """Wait until a pattern is written somewhere."""
         try:
-            return until(lambda: re.search(pattern, self.text(css)), timeout_s)
+            match = until(lambda: re.search(pattern, self.text(css)), timeout_s)
         except AssertionError as error:
             raise AssertionError(f"{css} never said {pattern!r} but {self.text(css)!r}") from error
+        assert match is not None
+        return match
 
     def width_of(self, css: str) -> int:
         """The width of a picture in pixels; 0 as long as there is none."""
@@ -117,10 +127,15 @@ class Screen:
         """Open a list and choose the first entry that reads so."""
         field = self.driver.find_element(By.CSS_SELECTOR, f"#{name} input")
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)
-        field.click()
-        css = f"#{name} ul li, ul.options li"
-        entries = until(lambda: self.driver.find_elements(By.CSS_SELECTOR, css), PATIENCE_S)
-        next(entry for entry in entries if text in entry.text).click()
+        until(lambda: self._press_entry(field, name, text), PATIENCE_S)
+
+    def _press_entry(self, field: WebElement, name: str, text: str) -> bool:
+        """Open the list if it is closed; it opens and closes with a fade."""
+        if not self.driver.execute_script(_PRESS_ENTRY, name, text):
+            self.driver.execute_script("document.activeElement.blur()")
+            field.click()
+            return False
+        return True
 
     def upload(self, video: Path) -> None:
         for button in self.driver.find_elements(By.CSS_SELECTOR, '#file button[aria-label="Clear"]'):

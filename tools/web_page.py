@@ -289,7 +289,7 @@ class Page:
         """What has changed since this browser was last told; `seen` is what it was told."""
         names = self._session.stream_names
         chosen = stream if self._is_known(stream) else self._newest_stream(names)
-        names = sorted({*names, *([chosen] if chosen else [])})
+        names = names if chosen is None else sorted({*names, chosen})
         marks = [mark.name for mark in self._session.marks.get(chosen or "", [])]
         lists = {
             "streams": (names, chosen),
