@@ -29,6 +29,7 @@ if find_spec("gradio") is None:
 
 from selenium import webdriver
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from onlooker.tools.scenes import write_clip
@@ -190,15 +191,23 @@ class Served:
         assert match, (folder / "web.log").read_text()
         self.address = match[0]
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def end(self) -> int:
+        """Ask it to end, and return its status."""
         self._process.send_signal(signal.SIGTERM)
-        try:
-            return self._process.wait(10.0)
-        finally:
-            self._process.kill()
-            assert self._process.stdout is not None
-            self._process.stdout.close()
-            self._log.close()
+        return self._process.wait(10.0)
+
+    def kill(self) -> None:
+        """Leave nothing running."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            self._process.wait(10.0)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._log.close()
 
 
 def _place(folder: Path, name: str) -> tuple[str, str]:
@@ -209,7 +218,7 @@ def _place(folder: Path, name: str) -> tuple[str, str]:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     served = Served(tmp_path_factory.mktemp("web"))
     yield served
-    served.end()
+    served.kill()
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +268,7 @@ def test_a_video_is_uploaded_played_and_asked_about_while_it_plays(screen: Scree
     play(screen, story, "1\N{MULTIPLICATION SIGN}")
     screen.wait("#progress", "Playing: ")
     tokens = screen.wait("#memory", r"([\d,]+)\s+of [\d,]+\s+bytes")[1]
-    screen.ask("What do you see now?")
+    screen.write("question", f"What do you see now?{Keys.ENTER}")
     screen.ask("Which shape is it?", ", ".join(THINGS))
     until(lambda: len(cards(screen)) == 2, PATIENCE_S)
     screen.keep("web_running")
@@ -361,6 +370,8 @@ def test_the_page_goes_on_when_the_node_was_killed(told: Screen) -> None:
     told.wait("#banner", "The node was restarted at", START_S)
     told.wait("#head", "ready")
     told.wait("#timeline", "remembered 0")
+    told.press("start")
+    told.wait("#timeline", "remembered [1-9]")
 
 
 def test_nothing_is_asked_of_the_network(screen: Screen) -> None:
@@ -368,3 +379,14 @@ def test_nothing_is_asked_of_the_network(screen: Screen) -> None:
     asked = [each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"]
     assert asked
     assert [url for url in asked if not url.startswith((screen.address, "data:", "blob:"))] == []
+
+
+def test_the_page_s_process_has_no_torch(served: Served, screen: Screen) -> None:
+    assert "libtorch" not in Path(f"/proc/{served.pid}/maps").read_text()
+
+
+def test_it_ends_when_asked_and_takes_its_node_along(served: Served, screen: Screen) -> None:
+    pid = int(screen.wait("#banner", r"process (\d+)")[1])
+    assert served.end() == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

@@ -8,6 +8,7 @@ A client of the node like any other. Where no node answers, it starts one with t
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import tempfile
 import webbrowser
@@ -108,6 +109,8 @@ def _serve(
     own_node, no_node = _provide_node(client, endpoints, folder, is_wanted=starts_node and keys == Keys())
     if own_node is not None:
         stack.enter_context(own_node)
+    # Gradio's own settings: what was uploaded goes when the page goes, and nothing is told to anybody.
+    os.environ |= {"GRADIO_TEMP_DIR": str(folder / "uploads"), "GRADIO_ANALYTICS_ENABLED": "False"}
     from .web_page import Desk, Page
     from .web_server import PageServer
 

@@ -346,16 +346,17 @@ class Page:
     # What is pressed
 
     def _press_start(self, stream: str | None, file: str | None, speed: float, *settings: Any) -> list[Any]:
-        """Go on with what is paused, or play the chosen file into a stream of its name."""
+        """Go on with what is paused; or play the chosen file into a stream of its name, or the last one again."""
         player = self._sources.player(stream)
         if player is not None and player.state == "paused":
             player.go_on()
             return ["", gr.skip()]
         if self._resumes(stream):
             return _tried(lambda: self._resume(str(stream)), "Frames are taken in again.", gr.skip())
-        if file is None:
+        again = player.source if player is not None else None
+        if file is None and again is None:
             return [pictures.note("Choose a video first, or take the sample.", "warn"), gr.skip()]
-        return self._play(file, speed, settings)
+        return self._play(str(file or again), speed, settings)
 
     def _resumes(self, stream: str | None) -> bool:
         stats = self._session.stream(stream)

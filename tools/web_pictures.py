@@ -193,7 +193,7 @@ def progress(player: Player | None) -> str:
     if player is None:
         return ""
     if player.error is not None:
-        return note(f"Playing stopped. {in_words(player.error)}", "bad")
+        return note(f"Playing stopped. {in_words(player.error)} Start plays it again.", "bad")
     if player.played is not None:
         return _bar_line(1.0, _played_text(player, player.played))
     position, total_s = player.position, player.total_s

@@ -268,7 +268,7 @@ def in_words(error: OnlookerError) -> str:
         known = _IN_WORDS.get(ErrorCode(error.code)) if error.code in ErrorCode.__members__ else None
         return known or f"The node says: {error.message} ({error.code})"
     if isinstance(error, NoReplyError):
-        return "The node did not answer. The page goes on by itself when it is back."
+        return "The node did not answer in time."
     if isinstance(error, AuthError):
         return f"The node refuses this page's key: {error.reason}"
     if isinstance(error, ClosedError):
