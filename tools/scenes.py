@@ -85,12 +85,18 @@ class SceneArrays:
         return len(self.radius)
 
     def mapped(self, convert: Callable[[Any], Any]) -> "SceneArrays":
-        """The same batch with every array converted, as in `mapped(lambda a: torch.from_numpy(a).cuda())`."""
-        return SceneArrays(*(convert(getattr(self, field.name)) for field in fields(self)))
+        """The same batch with its arrays converted, as in `mapped(lambda a: torch.from_numpy(a).cuda())`.
+
+        `shape` and `visible` stay as they are: which frames have which outline to draw is found out on the host,
+        and a GPU is never waited for.
+        """
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept = {name: arrays.pop(name) for name in ("shape", "visible")}
+        return SceneArrays(**kept, **{name: convert(array) for name, array in arrays.items()})
 
     def part(self, frames: slice) -> "SceneArrays":
         """Some of the frames, as views."""
-        return self.mapped(lambda array: array[frames])
+        return SceneArrays(*(getattr(self, field.name)[frames] for field in fields(self)))
 
 
 def pack(stories: Sequence[Story], times: Sequence[npt.ArrayLike]) -> SceneArrays:
@@ -207,8 +213,8 @@ def _draw_cover(xp: Any, arrays: SceneArrays, k: int, grid_y: Any, grid_x: Any) 
     short = min(height, width)
     cover = xp.zeros_like(arrays.sharpness[:, None, None] + grid_y[:, None] + grid_x)
     for index, shape in enumerate(SHAPES):
-        chosen = (arrays.shape[:, k] == index) & (arrays.visible[:, k] > 0)
-        if not chosen.any():
+        chosen = np.flatnonzero((arrays.shape[:, k] == index) & (arrays.visible[:, k] > 0))
+        if len(chosen) == 0:
             continue
         radius = arrays.radius[chosen, k, None]
         # Distances in radii, so that one outline serves every size.
