@@ -5,7 +5,8 @@ chunk after which it is asked, and itself, but no other question: what a branch 
 positions come from the node's own layouts, so the model is trained on exactly what it will be given.
 """
 
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -31,8 +32,10 @@ class Plan:
 
     tokens: int = 96_000  # a batch, over all rows
     max_patches: int = 48
+    min_patches: int = 1
     num_questions: int = 16  # a stream
     kinds: tuple[str, ...] = tuple(KINDS)
+    max_rows: int = 96
 
 
 class Shape(NamedTuple):
@@ -60,30 +63,32 @@ class Batch(NamedTuple):
     limit: np.ndarray  # (b, s) int32: how many tokens of the stream are visible
     labels: np.ndarray  # (b, s) int64: the next token where an answer is to be learned, else IGNORE
     kinds: np.ndarray  # (b, s) int16: index into KINDS where there is a label, else -1
-    patch_truth: np.ndarray  # (b, num_patches, ...) what each temporal patch shows; see `_truth`
+    truth: np.ndarray  # (b, num_patches, rows * columns, 7) what covers each visual token; see `_truth`
 
 
 class Streams(IterableDataset):
-    """Endless random batches, different in every worker, the same for a seed."""
+    """Endless random batches, different in every worker; how hard they are may be changed while workers run."""
 
-    def __init__(self, form: Format, seed: int, plan: Plan, split: Split = "train") -> None:
+    def __init__(self, form: Format, seed: int, plans: Sequence[Plan]) -> None:
         self._form = form
         self._seed = seed
-        self._plan = plan
-        self._split: Split = split
+        self._plans = plans
+        self.current = multiprocessing.Value("i", 0)  # which of the plans
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        """Batches, each with the number of its plan."""
         worker = get_worker_info()
         rng = np.random.default_rng([self._seed, worker.id if worker else 0])
         while True:
-            yield make_batch(self._form, rng, self._plan, self._split)
+            number = self.current.value
+            yield number, make_batch(self._form, rng, self._plans[number])
 
 
 def make_batch(form: Format, rng: np.random.Generator, plan: Plan, split: Split = "train") -> Batch:
     """One random batch within the plan's budget."""
     shape = _shape(rng, plan)
     num_stream = _stream_tokens(form, shape)
-    num_rows = max(4, min(96, plan.tokens // (num_stream + 28 * plan.num_questions)))
+    num_rows = max(4, min(plan.max_rows, plan.tokens // (num_stream + 28 * plan.num_questions)))
     rows = [_row(form, rng, plan, shape, split) for _ in range(num_rows)]
     longest = max(len(row.ids) for row in rows)
     return Batch(
@@ -96,7 +101,7 @@ def make_batch(form: Format, rng: np.random.Generator, plan: Plan, split: Split 
         _padded([row.limit for row in rows], longest, 0).astype(np.int32),
         _padded([row.labels for row in rows], longest, IGNORE),
         _padded([row.kinds for row in rows], longest, -1).astype(np.int16),
-        np.stack([_truth(row.story, row.times_s, shape.chunk_frames) for row in rows]),
+        np.stack([_truth(row.story, row.times_s, shape) for row in rows]),
     )
 
 
@@ -116,7 +121,7 @@ def _shape(rng: np.random.Generator, plan: Plan) -> Shape:
     chunk_frames = int(rng.choice(CHUNK_FRAMES, p=CHUNK_ODDS))
     patches_per_chunk = max(1, chunk_frames // 2)
     # Lengths are spread evenly on a log scale: short streams are many, long ones never absent.
-    num_patches = round(np.exp(rng.uniform(0, np.log(plan.max_patches))))
+    num_patches = round(np.exp(rng.uniform(np.log(plan.min_patches), np.log(plan.max_patches))))
     num_chunks = min(48, max(1, num_patches // patches_per_chunk))
     layout = "native" if rng.random() < NATIVE_ODDS else "turns"
     grid = GRIDS[int(rng.integers(len(GRIDS)))]
@@ -160,13 +165,15 @@ def _row(form: Format, rng: np.random.Generator, plan: Plan, shape: Shape, split
 
 def story_for(seed: int, duration_s: float, fps: float, split: Split, rng: np.random.Generator) -> Story:
     """A story for a stream of a rate: everything is shown in two frames at least, with or without gaps between."""
-    show_s = float(rng.choice([2, 3, 5])) / fps
+    show_s = float(rng.choice([2, 4, 6], p=[0.25, 0.4, 0.35])) / fps
     gap_s = float(rng.choice([0, 1, 3])) / fps
     if duration_s < show_s + gap_s:
         show_s, gap_s = 2 / fps, 0.0
     room = int(duration_s / (show_s + gap_s) + 1e-6)
     fewest = 0 if rng.random() < 0.08 else 1
     num_things = int(rng.integers(fewest, max(fewest, min(8, room)) + 1)) if room else 0
+    # Times jitter: the last frame may be early by a hair.
+    show_s = min(show_s, (1 - 1e-6) * duration_s / max(1, num_things) - gap_s)
     return make_story(seed, split=split, duration_s=duration_s, num_things=num_things, min_show_s=show_s, gap_s=gap_s)
 
 
@@ -234,21 +241,31 @@ def _branch(form: Format, shape: Shape, state: LayoutState, quiz: Quiz, number: 
     )
 
 
-def _truth(story: Story, times_s: np.ndarray, chunk_frames: int) -> np.ndarray:
-    """For each temporal patch the visible thing that appeared last: [shape, colour, x, y, dx, dy, is_there]."""
-    step = 1 if chunk_frames == 1 else 2
-    rows = []
-    for first in range(0, len(times_s), step):
-        last = times_s[first + step - 1]
-        visible = [thing for thing in story.things if thing.is_visible(last)]
-        if not visible:
-            rows.append([0.0] * 7)
-            continue
-        thing = visible[-1]
-        x, y = thing.position_at(last)
-        dx, dy = thing.x1 - thing.x0, thing.y1 - thing.y0
-        rows.append([SHAPES.index(thing.shape), list(COLOURS).index(thing.colour), x, y, dx, dy, 1.0])
-    return np.array(rows, dtype=np.float32)
+def _truth(story: Story, times_s: np.ndarray, shape: Shape) -> np.ndarray:
+    """What covers a good part of each visual token: [is_there, shape, colour, x, y, dx, dy], all zero for nothing.
+
+    Where two things meet it is the one drawn on top; its centre and its path are fractions of the frame's sides.
+    """
+    cells, (rows, columns) = cell_centres(shape.grid), shape.grid
+    half = np.array([0.5 / columns, 0.5 / rows])
+    short = np.array([min(rows, columns) / columns, min(rows, columns) / rows])  # the shorter side in each side
+    step = 1 if shape.chunk_frames == 1 else 2
+    truth = np.zeros((len(times_s) // step, rows * columns, 7), np.float32)
+    for patch, last in enumerate(times_s[step - 1 :: step]):
+        for thing in story.things:
+            if thing.is_visible(last):
+                place = thing.position_at(last)
+                beyond = (np.abs(cells - place) - half).clip(min=0) / short
+                what = SHAPES.index(thing.shape), list(COLOURS).index(thing.colour)
+                path = thing.x1 - thing.x0, thing.y1 - thing.y0
+                truth[patch, np.hypot(*beyond.T) < 0.7 * thing.radius] = 1, *what, *place, *path
+    return truth
+
+
+def cell_centres(grid: tuple[int, int]) -> np.ndarray:
+    """The middles (x, y) of all visual tokens' parts of the frame, row by row, as fractions of its sides."""
+    y, x = np.indices(grid).reshape(2, -1)
+    return np.stack([(x + 0.5) / grid[1], (y + 0.5) / grid[0]], -1)
 
 
 def _joined(spans: list[Span]) -> Span:

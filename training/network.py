@@ -14,7 +14,7 @@ from ..node.preprocess import PatchGeometry, to_patches
 from ..node.random_checkpoint import SPECIAL_TOKENS
 from ..tools.scenes import draw, pixel_grid
 from ..tools.story import COLOURS, SHAPES
-from .batches import Batch
+from .batches import IGNORE, Batch, cell_centres
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,9 @@ def build_config(tokenizer: Any, size: Size) -> Any:
         "num_attention_heads": size.num_heads,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
-        # The lowest frequencies serve the width: at theta 100 neighbouring columns are still told apart.
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": list(size.mrope)},
+        # The lowest frequencies serve the width: at theta 40 neighbouring columns are still told apart, and times
+        # of some twenty seconds are on one turn of the slowest hand of the clock.
+        "rope_parameters": {"rope_type": "default", "rope_theta": 40.0, "mrope_section": list(size.mrope)},
         "initializer_range": 0.03,
         "tie_word_embeddings": True,
         "bos_token_id": ids["<|endoftext|>"],
@@ -79,13 +80,30 @@ def build_config(tokenizer: Any, size: Size) -> Any:
     )
 
 
+SIGHTS = ("there", "shape", "colour", "place", "motion")  # what the auxiliary heads read, each with a loss
+
+
+class Verdict(NamedTuple):
+    """Which answer tokens were the likeliest; counted later, so that the GPU is not waited for."""
+
+    hit: Tensor  # (num_tokens,) bool
+    answer: np.ndarray  # (num_tokens,) which answer of the batch it belongs to
+    kind: np.ndarray  # (num_tokens,) of the question
+
+    def by_answer(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each answer: was every token of it right, and its kind."""
+        _, first, inverse = np.unique(self.answer, return_index=True, return_inverse=True)
+        right = np.ones(len(first), bool)
+        np.logical_and.at(right, inverse, self.hit.cpu().numpy())
+        return right, self.kind[first]
+
+
 class Losses(NamedTuple):
     """Of one batch."""
 
     answers: Tensor  # cross entropy per answer token
-    sight: Tensor  # of the auxiliary heads
-    right: np.ndarray  # for each answer: were all its tokens the likeliest
-    kinds: np.ndarray  # its kind
+    sight: Tensor  # (2, len(SIGHTS)) of the auxiliary heads
+    verdict: Verdict | None  # None where nothing was asked
 
 
 class Trainee(nn.Module):
@@ -100,19 +118,28 @@ class Trainee(nn.Module):
         self.core = model.model
         self.geometry = geometry
         hidden = model.config.text_config.hidden_size
-        self.heads = nn.ModuleList([_SightHead(hidden), _SightHead(hidden)])
+        # The tower's tokens know where in the frame they are only through the positions of the language model.
+        self.heads = nn.ModuleList([_SightHead(hidden, knows_place=False), _SightHead(hidden, knows_place=True)])
+
+    def look(self, batch: Batch, device: torch.device, noise: torch.Generator) -> Losses:
+        """What the vision tower alone learns from a batch; no question is read."""
+        truth = torch.from_numpy(batch.truth).to(device)
+        seen = self._see(self._patches(batch, device, noise), batch).unflatten(0, truth.shape[:3])
+        sight = self.heads[0](seen, truth, batch.shape.grid)
+        return Losses(sight.new_zeros(()), torch.stack([sight, 0 * sight]), None)
 
     def forward(self, batch: Batch, device: torch.device, noise: torch.Generator) -> Losses:
-        pixels = render(batch, device, noise)
-        seen = self._see(to_patches(pixels, _size(batch, self.geometry), self.geometry), batch)
+        truth = torch.from_numpy(batch.truth).to(device)
+        seen = self._see(self._patches(batch, device, noise), batch)
         hidden = self._read(seen, batch, device)
-        truth = torch.from_numpy(batch.patch_truth).to(device)
-        visual = torch.from_numpy(batch.visual).to(device)
-        per_patch = seen.unflatten(0, (truth.shape[0], truth.shape[1], -1))
-        remembered = hidden[:, visual].unflatten(1, (truth.shape[1], -1))
-        sight = self.heads[0](per_patch, truth) + self.heads[1](remembered, truth)
-        answers, right, kinds = self._answers(hidden, batch, device)
-        return Losses(answers, sight, right, kinds)
+        remembered = hidden[:, torch.from_numpy(np.flatnonzero(batch.visual)).to(device)].unflatten(1, truth.shape[1:3])
+        grid = batch.shape.grid
+        sight = [self.heads[0](seen.unflatten(0, truth.shape[:3]), truth, grid), self.heads[1](remembered, truth, grid)]
+        loss, verdict = self._answers(hidden, batch, device)
+        return Losses(loss, torch.stack(sight), verdict)
+
+    def _patches(self, batch: Batch, device: torch.device, noise: torch.Generator) -> Tensor:
+        return to_patches(render(batch, device, noise), _size(batch, self.geometry), self.geometry)
 
     def _see(self, patches: Tensor, batch: Batch) -> Tensor:
         """The vision tower over all temporal patches at once; returns (num_tokens, hidden)."""
@@ -129,8 +156,8 @@ class Trainee(nn.Module):
         """The language model over all rows; returns (b, s, hidden)."""
         ids = torch.from_numpy(batch.ids).to(device)
         embeds = self.core.get_input_embeddings()(ids)
-        visual = torch.from_numpy(batch.visual).to(device)
-        embeds = embeds.masked_scatter(visual[None, :, None].expand_as(embeds), seen.to(embeds.dtype))
+        visual = torch.from_numpy(np.flatnonzero(batch.visual)).to(device)
+        embeds = embeds.index_copy(1, visual, seen.to(embeds.dtype).unflatten(0, (len(ids), -1)))
         mask = visibility(batch, device)
         positions = torch.from_numpy(batch.positions).to(device)
         language = self.core.language_model
@@ -140,40 +167,51 @@ class Trainee(nn.Module):
             x = x[0] if isinstance(x, tuple) else x
         return language.norm(x)
 
-    def _answers(self, hidden: Tensor, batch: Batch, device: torch.device) -> tuple[Tensor, np.ndarray, np.ndarray]:
-        labels = torch.from_numpy(batch.labels).to(device)
-        where = labels >= 0
-        logits = self.model.lm_head(hidden[where]).float()
-        loss = F.cross_entropy(logits, labels[where])
-        hit = (logits.argmax(-1) == labels[where]).cpu().numpy()
-        rows, columns = np.nonzero(batch.labels >= 0)
-        answer = rows * 1000 + batch.branch[rows, columns]
-        _, first, inverse = np.unique(answer, return_index=True, return_inverse=True)
-        right = np.ones(len(first), bool)
-        np.logical_and.at(right, inverse, hit)
-        return loss, right, batch.kinds[rows, columns][first]
+    def _answers(self, hidden: Tensor, batch: Batch, device: torch.device) -> tuple[Tensor, Verdict]:
+        where = np.flatnonzero(batch.labels != IGNORE)
+        labels = torch.from_numpy(batch.labels.flat[where]).to(device)
+        logits = self.model.lm_head(hidden.flatten(0, 1)[torch.from_numpy(where).to(device)]).float()
+        answer = where // batch.labels.shape[1] * 1000 + batch.branch.flat[where]
+        hit = (logits.argmax(-1) == labels).detach()
+        return F.cross_entropy(logits, labels), Verdict(hit, answer, batch.kinds.flat[where])
 
 
 class _SightHead(nn.Module):
-    """Reads from a temporal patch's tokens what is in it: shape, colour, place, motion, or nothing."""
+    """Reads from every visual token the thing that covers its part of the frame: shape, colour, place and motion.
 
-    def __init__(self, hidden: int) -> None:
+    The place is that of the thing's centre: in the frame, or, without `knows_place`, as seen from the token.
+    """
+
+    def __init__(self, hidden: int, *, knows_place: bool) -> None:
         super().__init__()
-        self.out = nn.Linear(2 * hidden, len(SHAPES) + len(COLOURS) + 4 + 1)
+        self.knows_place = knows_place
+        self.out = nn.Linear(hidden, 1 + len(SHAPES) + len(COLOURS) + 4)
 
-    def forward(self, tokens: Tensor, truth: Tensor) -> Tensor:
-        """tokens (b, num_patches, tokens_per_patch, hidden), truth (b, num_patches, 7)."""
-        out = self.out(torch.cat([tokens.mean(2), tokens.amax(2)], -1)).float().flatten(0, 1)
-        truth = truth.flatten(0, 1)
-        shape, colour, place, there = out.split([len(SHAPES), len(COLOURS), 4, 1], -1)
-        loss = F.binary_cross_entropy_with_logits(there[:, 0], truth[:, 6])
-        is_there = truth[:, 6] > 0
-        if is_there.any():
-            what = truth[is_there]
-            loss = loss + F.cross_entropy(shape[is_there], what[:, 0].long())
-            loss = loss + F.cross_entropy(colour[is_there], what[:, 1].long())
-            loss = loss + 4 * F.smooth_l1_loss(place[is_there], what[:, 2:6], beta=0.1)
-        return loss
+    def forward(self, tokens: Tensor, truth: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Its losses, one for each of SIGHTS; tokens (..., rows * columns, hidden), truth (..., rows * columns, 7)."""
+        there, shape, colour, place, motion = self.out(tokens).float().split([1, len(SHAPES), len(COLOURS), 2, 2], -1)
+        is_there, true_shape, true_colour = truth[..., :3].unbind(-1)
+        true_place, true_motion = truth[..., 3:5], truth[..., 5:]
+        if not self.knows_place:
+            true_place = true_place - torch.from_numpy(cell_centres(grid)).to(truth)
+        weight = is_there / is_there.sum().clamp(min=1)
+
+        def over_covered(loss: Tensor) -> Tensor:
+            return (weight * loss).sum()
+
+        return torch.stack(
+            [
+                F.binary_cross_entropy_with_logits(there[..., 0], is_there),
+                over_covered(_cross_entropy(shape, true_shape)),
+                over_covered(_cross_entropy(colour, true_colour)),
+                4 * over_covered(F.smooth_l1_loss(place, true_place, beta=0.1, reduction="none").mean(-1)),
+                over_covered(F.smooth_l1_loss(motion, true_motion, beta=0.1, reduction="none").mean(-1)),
+            ]
+        )
+
+
+def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
+    return F.cross_entropy(logits.movedim(-1, 1), classes.long(), reduction="none")
 
 
 @torch.no_grad()

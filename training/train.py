@@ -1,7 +1,7 @@
 """Train the built-in model from nothing.
 
-    python -m onlooker.training.train RUN --steps 6000         on a GPU; minutes on an H200
-    python -m onlooker.training.train RUN --steps 6000         again: goes on where RUN/state.pt stands
+    python -m onlooker.training.train RUN --minutes 20        on a GPU: minutes, in which the curriculum is spread
+    python -m onlooker.training.train RUN --minutes 20        again: goes on where RUN/state.pt stands
     python -m onlooker.training.train RUN --export node/builtin
 
 The curriculum widens the streams: RUN/log.jsonl keeps loss and accuracy by kind of question. Batches are made
@@ -10,7 +10,6 @@ several workers deliver.
 """
 
 import argparse
-import itertools
 import json
 import logging
 import math
@@ -18,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,15 +30,40 @@ from ..node.preprocess import PatchGeometry
 from ..node.random_checkpoint import build_tokenizer, save_checkpoint
 from ..tools.scene_questions import KINDS, corpus
 from .batches import Batch, Plan, Streams, make_batch
-from .network import SIZES, Trainee, build_config
+from .network import SIZES, Losses, Trainee, Verdict, build_config
 
 logger = logging.getLogger(__name__)
 
 MIN_PIXELS, MAX_PIXELS = 84 * 112, 112 * 112
 
-# Up to which share of the steps streams stay below so many temporal patches.
-CURRICULUM = ((0.12, 4), (0.3, 16), (0.65, 48), (1.0, 96))
 EASY = ("colour_now", "shape_now", "where_now", "what_now", "motion_now", "first", "last", "seen_x", "visible_x")
+
+
+class Stage(NamedTuple):
+    """A part of the training; in the first one the vision tower learns alone, of many more pictures a second."""
+
+    until: float  # share of the whole time
+    max_patches: int  # of a stream
+    num_questions: int = 16  # of a stream
+    kinds: tuple[str, ...] = tuple(KINDS)
+
+    @property
+    def only_looks(self) -> bool:
+        return self.num_questions == 0
+
+    def plan(self, tokens: int) -> Plan:
+        if self.only_looks:
+            return Plan(tokens, self.max_patches, self.max_patches // 2, 0, max_rows=384)
+        return Plan(tokens, self.max_patches, num_questions=self.num_questions, kinds=self.kinds, max_rows=160)
+
+
+CURRICULUM = (
+    Stage(0.08, 8, num_questions=0),
+    Stage(0.13, 4, kinds=EASY),
+    Stage(0.38, 16),
+    Stage(0.65, 48),
+    Stage(1.0, 96),
+)
 
 
 def build(seed: int, size: str = "medium") -> tuple[Trainee, Any, Format]:
@@ -90,85 +114,95 @@ class Tokenize:
         return self._known[text]
 
 
-def plan_at(progress: float, tokens: int, longest: int = CURRICULUM[-1][1]) -> Plan:
-    """How hard streams may be at a share of the training, 0 to 1; tokens a batch, never over `longest` patches."""
-    max_patches = min(longest, next(patches for until, patches in CURRICULUM if progress <= until))
-    return Plan(tokens, max_patches, kinds=EASY if progress <= CURRICULUM[0][0] else tuple(KINDS))
+class Schedule:
+    """How much of the time that training may take has passed, over all the times it was resumed."""
+
+    def __init__(self, seconds: float, spent_s: float) -> None:
+        self._seconds = seconds
+        self._began = time.monotonic() - spent_s
+
+    @property
+    def spent_s(self) -> float:
+        return time.monotonic() - self._began
+
+    @property
+    def progress(self) -> float:
+        """From 0 to 1."""
+        return min(1.0, self.spent_s / self._seconds)
 
 
-def batches(form: Format, args: argparse.Namespace, start: int) -> Iterator[Batch]:
-    """The batches of all steps from `start` on, stage by stage of the curriculum."""
-    step = start
-    for until, _ in CURRICULUM:
-        stop = round(until * args.steps)
-        if step >= stop:
-            continue
-        streams = Streams(form, args.seed + step, plan_at((step + 1) / args.steps, args.tokens, args.max_patches))
-        loader = DataLoader(
-            streams,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=args.workers,
-            prefetch_factor=4 if args.workers else None,
-        )
-        yield from itertools.islice(loader, stop - step)
-        step = stop
+def batches(form: Format, args: argparse.Namespace, start: int, schedule: Schedule) -> Iterator[tuple[Stage, Batch]]:
+    """Batches until the time is up, stage by stage of the curriculum."""
+    streams = Streams(form, args.seed + start, [stage.plan(args.tokens) for stage in CURRICULUM])
+    streams.current.value = stage_at(schedule.progress)
+    loader = DataLoader(
+        streams,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=args.workers,
+        prefetch_factor=3 if args.workers else None,
+    )
+    for number, batch in loader:
+        if schedule.progress >= 1:
+            return
+        streams.current.value = stage_at(schedule.progress)
+        yield CURRICULUM[number], batch
 
 
-def _as_it_is(batch: Any) -> Batch:
+def stage_at(progress: float) -> int:
+    """The number of the curriculum's stage at a share of the whole time."""
+    return next((i for i, stage in enumerate(CURRICULUM) if progress < stage.until), len(CURRICULUM) - 1)
+
+
+def _as_it_is(item: Any) -> Any:
     """Torch would turn every array and tuple of a batch into something else."""
-    return batch
+    return item
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then a cosine to a twentieth."""
+def learning_rate(step: int, progress: float, peak: float) -> float:
+    """Linear warm-up, then a cosine to a fiftieth."""
     warm = min(1.0, (step + 1) / 200)
-    return args.lr * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+    return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train to the last step, saving state on the way."""
+    """Train until the time is up, saving state on the way."""
     device = torch.device(args.device)
     trainee, _, form = build(args.seed, args.size)
     trainee.to(device)
     logger.info("%.2f million parameters", sum(p.numel() for p in trainee.model.parameters()) / 1e6)
-    optimizer = torch.optim.AdamW(trainee.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02)
-    start = _resume(args.run, trainee, optimizer, device)
-    noise = torch.Generator(device).manual_seed(args.seed)
-    tally, began = Tally(), time.monotonic()
-    for step, batch in enumerate(tally.waiting(batches(form, args, start)), start):
+    optimizer = torch.optim.AdamW(trainee.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+    step, spent_s = _resume(args.run, trainee, optimizer, device)
+    schedule = Schedule(60 * args.minutes, spent_s)
+    noise = torch.Generator(device).manual_seed(args.seed + step)
+    tally = Tally()
+    for stage, batch in tally.waiting(batches(form, args, step, schedule)):
+        progress = schedule.progress
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+            group["lr"] = learning_rate(step, progress, args.lr)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            losses = trainee(batch, device, noise)
-        sight_weight = 0.5 * max(0.1, 1 - step / (0.5 * args.steps))
-        (losses.answers + sight_weight * losses.sight).backward()
+            losses = trainee.look(batch, device, noise) if stage.only_looks else trainee(batch, device, noise)
+        sight_weight = 0.5 * max(0.1, 1 - progress / 0.6)
+        (losses.answers + sight_weight * losses.sight.sum()).backward()
         torch.nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        step += 1
         tally.add(losses)
-        if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
-            _log(
-                args.run,
-                step + 1,
-                time.monotonic() - began,
-                tally,
-                plan_at((step + 1) / args.steps, args.tokens, args.max_patches),
-            )
+        if step % args.log_every == 0:
+            _log(args.run, step, schedule.spent_s, tally, stage)
             tally.clear()
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or time.monotonic() - began > args.seconds:
-            _save(args.run, step + 1, trainee, optimizer)
-        if time.monotonic() - began > args.seconds:
-            logger.info("stopped at step %d, the time is up", step + 1)
-            break
-    test = evaluate(trainee, form, device, plan_at(1.0, args.tokens, args.max_patches), args.seed)
-    logger.info("held out: %s", json.dumps(test))
+        if step % args.save_every == 0:
+            _save(args.run, step, schedule.spent_s, trainee, optimizer)
+    _save(args.run, step, schedule.spent_s, trainee, optimizer)
+    test = evaluate(trainee, form, device, CURRICULUM[-1].plan(args.tokens), args.seed)
+    logger.info("held out, after %d steps: %s", step, json.dumps(test))
     _append(args.run / "log.jsonl", {"held_out": test})
 
 
 @torch.inference_mode()
 def evaluate(
-    trainee: Trainee, form: Format, device: torch.device, plan: Plan, seed: int, num_batches: int = 24
+    trainee: Trainee, form: Format, device: torch.device, plan: Plan, seed: int, num_batches: int = 8
 ) -> dict[str, Any]:
     """Share of answers that are right to the last token, by kind, on held-out stories at full length."""
     rng, noise, tally = np.random.default_rng(seed + 1), torch.Generator(device).manual_seed(seed), Tally()
@@ -187,10 +221,9 @@ class Tally:
     def clear(self) -> None:
         self.waited_s = 0.0
         self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._right = np.zeros(len(KINDS), int)
-        self._asked = np.zeros(len(KINDS), int)
+        self._verdicts: list[Verdict] = []
 
-    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def waiting(self, batches: Iterator[tuple[Stage, Batch]]) -> Iterator[tuple[Stage, Batch]]:
         """The same batches; the time spent waiting for them is noted."""
         while True:
             began = time.monotonic()
@@ -200,18 +233,25 @@ class Tally:
                 return
             yield batch
 
-    def add(self, losses: Any) -> None:
+    def add(self, losses: Losses) -> None:
         self._losses.append((losses.answers.detach(), losses.sight.detach()))
-        np.add.at(self._right, losses.kinds, losses.right)
-        np.add.at(self._asked, losses.kinds, 1)
+        if losses.verdict is not None:
+            self._verdicts.append(losses.verdict)
 
-    def losses(self) -> dict[str, float]:
-        answers, sight = (torch.stack(column).mean().item() for column in zip(*self._losses, strict=True))
-        return {"answers": round(answers, 4), "sight": round(sight, 4)}
+    def losses(self) -> dict[str, Any]:
+        """Their means; `sight` holds those of the two auxiliary heads, in the order of SIGHTS."""
+        answers = torch.stack([answers for answers, _ in self._losses]).mean().item()
+        sight = torch.stack([sight for _, sight in self._losses]).mean(0).tolist()
+        return {"answers": round(answers, 4), "sight": [[round(loss, 3) for loss in head] for head in sight]}
 
     def shares(self) -> dict[str, float]:
-        shares = {k: round(r / n, 4) for k, r, n in zip(KINDS, self._right, self._asked, strict=True) if n}
-        return shares | {"all": round(self._right.sum() / max(1, self._asked.sum()), 4)}
+        num_right, num_asked = np.zeros(len(KINDS), int), np.zeros(len(KINDS), int)
+        for verdict in self._verdicts:
+            right, kinds = verdict.by_answer()
+            np.add.at(num_right, kinds, right)
+            np.add.at(num_asked, kinds, 1)
+        shares = {kind: round(r / n, 4) for kind, r, n in zip(KINDS, num_right, num_asked, strict=True) if n}
+        return shares | {"all": round(num_right.sum() / max(1, num_asked.sum()), 4)}
 
 
 def export(run: Path, folder: Path, seed: int, size: str) -> None:
@@ -224,28 +264,29 @@ def export(run: Path, folder: Path, seed: int, size: str) -> None:
     )
 
 
-def _resume(run: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
-    """Load the newest state, if there is one; returns the step to go on from."""
+def _resume(run: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, float]:
+    """Load the newest state, if there is one; returns the step to go on from and the seconds spent so far."""
     run.mkdir(parents=True, exist_ok=True)
     path = run / "state.pt"
     if not path.exists():
-        return 0
+        return 0, 0.0
     state = torch.load(path, map_location=device, weights_only=True)
     trainee.load_state_dict(state["trainee"])
     optimizer.load_state_dict(state["optimizer"])
     logger.info("going on from step %d", state["step"])
-    return state["step"]
+    return state["step"], state["spent_s"]
 
 
-def _save(run: Path, step: int, trainee: Trainee, optimizer: torch.optim.Optimizer) -> None:
-    state = {"step": step, "trainee": trainee.state_dict(), "optimizer": optimizer.state_dict()}
+def _save(run: Path, step: int, spent_s: float, trainee: Trainee, optimizer: torch.optim.Optimizer) -> None:
+    states = {"trainee": trainee.state_dict(), "optimizer": optimizer.state_dict()}
+    state = {"step": step, "spent_s": spent_s, **states}
     torch.save(state, run / "state.tmp")
     (run / "state.tmp").replace(run / "state.pt")
 
 
-def _log(run: Path, step: int, seconds: float, tally: Tally, plan: Plan) -> None:
+def _log(run: Path, step: int, seconds: float, tally: Tally, stage: Stage) -> None:
     row: dict[str, Any] = {"step": step, "seconds": round(seconds, 1), "waited_s": round(tally.waited_s, 1)}
-    row["max_patches"] = plan.max_patches
+    row["max_patches"] = stage.max_patches
     row |= tally.losses() | tally.shares()
     logger.info(json.dumps(row))
     _append(run / "log.jsonl", row)
@@ -260,12 +301,10 @@ def main(argv: Iterable[str] | None = None) -> int:
     """Train, or export what is trained."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the state and the log")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop, saved, after so long")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of the whole training, however often resumed")
     parser.add_argument("--tokens", type=int, default=96_000, help="in a batch; less on a small device")
     parser.add_argument("--size", choices=sorted(SIZES), default="medium")
-    parser.add_argument("--max-patches", type=int, default=CURRICULUM[-1][1], help="the longest streams")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
