@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FOLDERS := node protocol tools training
 
-.PHONY: install demo test check links constraints launch clean
+.PHONY: install demo test check links constraints launch screenshots clean
 
 install: $(STAMP)
 
@@ -33,6 +33,10 @@ launch: $(STAMP)
 	$(BIN)/onlooker node --print-config > launch/node.toml
 	$(BIN)/onlooker metrics --dashboard > launch/grafana/onlooker.json
 	$(BIN)/onlooker metrics --rules > launch/prometheus/alerts.yml
+
+# The page of `onlooker web`, as a browser shows it. Needs Chromium and its driver.
+screenshots: $(STAMP)
+	ONLOOKER_SCREENSHOTS=docs $(BIN)/python -m pytest tests/test_web_browser.py
 
 clean:
 	rm -rf $(VENV) build dist typings *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -228,7 +228,7 @@ def test_device_memory_is_stacked_from_the_weights_up() -> None:
     vram = Vram(
         device="cuda:0", weights_bytes=6, kv_bytes=2, activations_peak_bytes=UNSET, free_bytes=8, total_bytes=16
     )
-    html = pictures.device_memory([Sample(1.0, vram), Sample(2.0, vram)])
+    html = pictures.device_memory([Sample(1.0, vram), Sample(21.0, vram)])
     points = [shape.split() for shape in re.findall(r'points="([^"]+)"', html)]
     assert points == [
         ["0.00,25.00", "100.00,25.00", "100.00,100.00", "0.00,100.00"],

@@ -27,6 +27,7 @@ from .web_session import Question, Session, in_words
 from .web_source import Sources, make_sample, parse_settings
 
 CSS = Path(__file__).with_name("web.css")
+ICON = Path(__file__).with_name("web.svg")
 SCRIPT = Path(__file__).with_name("web.js")
 REFRESH_S = 0.4
 NOW = "now"
@@ -108,11 +109,11 @@ class Page:
                 self._lay_out_section("live", self._lay_out_live)
                 self._lay_out_section("source", self._lay_out_sources)
                 self._lay_out_section("device-section", self._lay_out_device)
+                self._lay_out_section("events-section", self._lay_out_events)
             with gr.Column(scale=6, min_width=330):
                 self._lay_out_section("memory-section", self._lay_out_memory)
                 self._lay_out_section("ask-section", self._lay_out_ask)
                 self._lay_out_section("marks-section", self._lay_out_marks)
-                self._lay_out_section("events-section", self._lay_out_events)
         self._timer = gr.Timer(REFRESH_S)
 
     def _lay_out_section(self, name: str, lay_out: Callable[[], None]) -> None:

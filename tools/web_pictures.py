@@ -179,7 +179,7 @@ def live_picture(stream: str | None, has_pictures: bool) -> str:
         source = f"live/{escape(stream)}"
         return f'<div class="ol-picture"><img data-live="{source}" alt="live picture of {escape(stream)}"></div>'
     if stream is None:
-        text = "No stream yet. Choose a video below, or take the sample, and press Start."
+        text = "No stream yet. Choose a video below and press Start, or take the sample."
     else:
         text = (
             f"The pictures of {stream} go straight from its camera to the node, not by this page. "
@@ -375,8 +375,9 @@ def device_memory(samples: Sequence[Sample]) -> str:
     known = [entry for entry in COMPONENTS if any(_size(sample, entry[0]) for sample in samples)]
     highest = max(sum(_size(sample, field) for field, _, _ in known) for sample in samples)
     top = _round_up(highest)
-    start_s, end_s = samples[0].time_s, samples[-1].time_s
-    shares = [100 * (sample.time_s - start_s) / (end_s - start_s) if end_s > start_s else 0.0 for sample in samples]
+    start_s = samples[0].time_s
+    length_s = max(float(MIN_COLUMNS), samples[-1].time_s - start_s)
+    shares = [100 * (sample.time_s - start_s) / length_s for sample in samples]
     below, areas = [0] * len(samples), ""
     for field, name, kind in known:
         above = [bottom + _size(sample, field) for bottom, sample in zip(below, samples, strict=True)]
@@ -385,7 +386,7 @@ def device_memory(samples: Sequence[Sample]) -> str:
     legend = _legend((kind, name, bytes_text(_size(samples[-1], field))) for field, name, kind in known)
     grid = "".join(_grid_line(share, "" if share % 50 else bytes_text(round(top * share / 100))) for share in _QUARTERS)
     svg = f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="device memory">{areas}</svg>'
-    axis = _time_axis(start_s, end_s - start_s)
+    axis = _time_axis(start_s, length_s)
     return f'{legend}<div class="ol-plot">{svg}{grid}</div>{axis}{_device_text(samples[-1])}'
 
 

@@ -8,7 +8,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
-from .web_page import CSS, SCRIPT, theme
+from .web_page import CSS, ICON, SCRIPT, theme
 from .web_source import Pictures, shown_jpeg
 
 CLOSING_S = 2
@@ -32,6 +32,7 @@ class PageServer:
             path="/",
             theme=theme(),
             css_paths=CSS,
+            favicon_path=str(ICON),
             head=f"<script>{SCRIPT.read_text()}</script>",
             footer_links=[],
             ssr_mode=False,
