@@ -36,6 +36,13 @@ WEBCAM_EVERY_S = 0.5
 CHUNKS = ["1", "2", "4", "6", "8"]
 SPEEDS = [(f"{rate:g}\N{MULTIPLICATION SIGN}", rate) for rate in (0.5, 1.0, 2.0, 4.0)] + [("fastest", 0.0)]
 
+# In the browser: which question was sent, and whether the box still holds it when the server has taken it.
+_NOTE_ASKED = "(...asked) => { window.onlookerAsked = asked[1]; return asked; }"
+_EMPTY_ASKED = """(question, note) => {
+  const isTaken = note === "" && question === window.onlookerAsked;
+  return isTaken ? "" : { __type__: "update" };  // not what it was: more may have been written since
+}"""
+
 ELSEWHERE = """
 A camera, or anything else that publishes frames, sends them straight to the node; its stream then
 appears above by itself.
@@ -250,10 +257,8 @@ class Page:
         _on(self._reset.click, self._press_reset, [self._stream], [self._source_note])
         _on(self._sample.click, self._press_sample, [self._speed, *settings], on_source)
         _on(self._apply.click, self._press_apply, [self._stream, *settings], [self._settings_note])
-        on_ask = [self._ask_note, self._question]
-        asked = [self._stream, self._question, self._options, self._as_of]
-        _on(self._ask.click, self._press_ask, asked, on_ask)
-        _on(self._question.submit, self._press_ask, asked, on_ask)
+        self._connect_ask(self._ask.click)
+        self._connect_ask(self._question.submit)
         _on(self._cancel.click, self._press_cancel, [], [self._ask_note])
         _on(self._clear.click, self._press_clear, [], [self._ask_note])
         _on(self._mark.click, self._press_mark, [self._stream, self._mark_name], [self._mark_note, self._mark_name])
@@ -265,6 +270,15 @@ class Page:
             self._see, [self._webcam, *settings], on_source, stream_every=WEBCAM_EVERY_S, show_progress="hidden",
             time_limit=None, concurrency_limit=1, api_visibility="private",
         )  # fmt: skip
+
+    def _connect_ask(self, event: Callable[..., Any]) -> None:
+        """Empty the box once its question was taken, unless the next one is being written there already."""
+        asked = [self._stream, self._question, self._options, self._as_of]
+        taken = event(
+            self._press_ask, asked, [self._ask_note], js=_NOTE_ASKED, show_progress="hidden", concurrency_limit=None,
+            trigger_mode="multiple", api_visibility="private",
+        )  # fmt: skip
+        taken.then(None, [self._question, self._ask_note], [self._question], js=_EMPTY_ASKED, show_progress="hidden")
 
     @property
     def _drawn(self) -> dict[str, gr.HTML]:
@@ -413,19 +427,19 @@ class Page:
         text = f"{stream} begins anew with these settings and an empty memory."
         return _tried(lambda: self._sources.apply(stream, parse_settings(*settings)), text)
 
-    def _press_ask(self, stream: str | None, text: str, options: str, as_of: str) -> list[Any]:
-        """Ask, and empty the box for the next question."""
+    def _press_ask(self, stream: str | None, text: str, options: str, as_of: str) -> str:
+        """Ask, and say nothing; or say why not."""
         if stream is None:
-            return [pictures.note("There is no stream to ask about yet.", "warn"), gr.skip()]
+            return pictures.note("There is no stream to ask about yet.", "warn")
         if not text.strip():
-            return [pictures.note("Write a question first.", "warn"), gr.skip()]
+            return pictures.note("Write a question first.", "warn")
         choices = tuple(option.strip() for option in re.split(r"[,\n]", options) if option.strip())
         if len(choices) == 1:
-            return [pictures.note("One answer is no choice: give two or more, with commas between.", "warn"), gr.skip()]
+            return pictures.note("One answer is no choice: give two or more, with commas between.", "warn")
         if not self._session.presence.is_online:
-            return [pictures.note("The node is not there to answer. Ask again when it is back.", "bad"), gr.skip()]
+            return pictures.note("The node is not there to answer. Ask again when it is back.", "bad")
         self._session.ask(Question(stream, text.strip(), choices, None if as_of == NOW else as_of))
-        return ["", ""]
+        return ""
 
     def _press_cancel(self) -> list[Any]:
         if not self._session.running:
