@@ -67,13 +67,14 @@ class Batch(NamedTuple):
 
 
 class Streams(IterableDataset):
-    """Endless random batches, different in every worker; how hard they are may be changed while workers run."""
+    """Endless random batches, different in every worker; what they ask for may be changed while workers run."""
 
     def __init__(self, form: Format, seed: int, plans: Sequence[Plan]) -> None:
         self._form = form
         self._seed = seed
         self._plans = plans
         self.current = multiprocessing.Value("i", 0)  # which of the plans
+        self.odds = multiprocessing.Array("d", [1.0] * len(KINDS))  # how often each kind is asked, relatively
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         """Batches, each with the number of its plan."""
@@ -81,15 +82,19 @@ class Streams(IterableDataset):
         rng = np.random.default_rng([self._seed, worker.id if worker else 0])
         while True:
             number = self.current.value
-            yield number, make_batch(self._form, rng, self._plans[number])
+            yield number, make_batch(self._form, rng, self._plans[number], odds=self.odds[:])
 
 
-def make_batch(form: Format, rng: np.random.Generator, plan: Plan, split: Split = "train") -> Batch:
-    """One random batch within the plan's budget."""
+def make_batch(
+    form: Format, rng: np.random.Generator, plan: Plan, split: Split = "train", odds: Sequence[float] | None = None
+) -> Batch:
+    """One random batch within the plan's budget; `odds` say how often each of KINDS is asked, relatively."""
+    odds = odds or [1.0] * len(KINDS)
+    chances = {kind: chance for kind, chance in zip(KINDS, odds, strict=True) if kind in plan.kinds}
     shape = _shape(rng, plan)
     num_stream = _stream_tokens(form, shape)
     num_rows = max(4, min(plan.max_rows, plan.tokens // (num_stream + 28 * plan.num_questions)))
-    rows = [_row(form, rng, plan, shape, split) for _ in range(num_rows)]
+    rows = [_row(form, rng, plan, shape, split, chances) for _ in range(num_rows)]
     longest = max(len(row.ids) for row in rows)
     return Batch(
         shape,
@@ -134,7 +139,9 @@ def _stream_tokens(form: Format, shape: Shape) -> int:
     return patches * shape.grid[0] * shape.grid[1] + overhead
 
 
-def _row(form: Format, rng: np.random.Generator, plan: Plan, shape: Shape, split: Split) -> _Row:
+def _row(
+    form: Format, rng: np.random.Generator, plan: Plan, shape: Shape, split: Split, chances: dict[str, float]
+) -> _Row:
     fps = float(rng.choice([1.0, 2.0, 4.0, 8.0], p=[0.2, 0.45, 0.25, 0.1]))
     times_s = np.arange(shape.num_frames) / fps + rng.uniform(-0.02, 0.02, shape.num_frames) / fps
     times_s -= times_s[0]
@@ -145,7 +152,7 @@ def _row(form: Format, rng: np.random.Generator, plan: Plan, shape: Shape, split
     has_clock = shape.layout == "native" and shape.chunk_frames > 1
     branches = []
     for number in range(1, plan.num_questions + 1):
-        quiz, chunk = _quiz(rng, plan, shape, story, times_s, has_clock=has_clock, split=split)
+        quiz, chunk = _quiz(rng, chances, shape, story, times_s, has_clock=has_clock, split=split)
         if quiz is not None:
             branches.append(_branch(form, shape, states[chunk], quiz, number, int(ends[chunk])))
     num = len(stream)
@@ -194,7 +201,7 @@ def lay_out(form: Format, shape: Shape, times_s: np.ndarray) -> tuple[list[Span]
 
 def _quiz(
     rng: np.random.Generator,
-    plan: Plan,
+    chances: dict[str, float],
     shape: Shape,
     story: Story,
     times_s: np.ndarray,
@@ -203,7 +210,8 @@ def _quiz(
     split: Split,
 ) -> tuple[Quiz | None, int]:
     """A question of some kind, asked after a chunk where it makes sense; later chunks more often."""
-    for kind in rng.permutation(plan.kinds)[:3]:
+    shares = np.array(list(chances.values()))
+    for kind in rng.choice(list(chances), 3, replace=False, p=shares / shares.sum()):
         for _ in range(4):
             chunk = int(shape.num_chunks * np.sqrt(rng.random()))
             seen = times_s[: (chunk + 1) * shape.chunk_frames]

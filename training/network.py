@@ -114,12 +114,18 @@ class Trainee(nn.Module):
 
     def __init__(self, model: Any, geometry: PatchGeometry) -> None:
         super().__init__()
+        self._vision_layer, self._text_layer = _vision_layer, _text_layer
         self.model = model
         self.core = model.model
         self.geometry = geometry
         hidden = model.config.text_config.hidden_size
         # The tower's tokens know where in the frame they are only through the positions of the language model.
         self.heads = nn.ModuleList([_SightHead(hidden, knows_place=False), _SightHead(hidden, knows_place=True)])
+
+    def compile(self) -> None:
+        """Have both kinds of layers compiled, once for all lengths: eagerly they are bound by memory."""
+        self._vision_layer = torch.compile(_vision_layer, dynamic=True)
+        self._text_layer = torch.compile(_text_layer, dynamic=True)
 
     def look(self, batch: Batch, device: torch.device, noise: torch.Generator) -> Losses:
         """What the vision tower alone learns from a batch; no question is read."""
@@ -148,8 +154,7 @@ class Trainee(nn.Module):
         x = visual.patch_embed(patches).unflatten(0, (-1, per_patch))
         rotary = _rotary(visual, batch.shape.grid, self.geometry, x.device)
         for block in visual.blocks:
-            x = x + _attend(block.attn, block.norm1(x), rotary)
-            x = x + block.mlp(block.norm2(x))
+            x = self._vision_layer(block, x, rotary)
         return visual.merger(x.flatten(0, 1))
 
     def _read(self, seen: Tensor, batch: Batch, device: torch.device) -> Tensor:
@@ -163,8 +168,7 @@ class Trainee(nn.Module):
         language = self.core.language_model
         x, cos_sin = embeds, language.rotary_emb(embeds, positions)
         for layer in language.layers:
-            x = layer(x, attention_mask=mask, position_embeddings=cos_sin, use_cache=False)
-            x = x[0] if isinstance(x, tuple) else x
+            x = self._text_layer(layer, x, mask, cos_sin)
         return language.norm(x)
 
     def _answers(self, hidden: Tensor, batch: Batch, device: torch.device) -> tuple[Tensor, Verdict]:
@@ -257,6 +261,16 @@ def visibility(batch: Batch, device: torch.device) -> Tensor:
     stream = is_stream[:, None, :] & (order < limit[..., None])
     own = (branch[:, :, None] == branch[:, None, :]) & ~is_stream[:, None, :] & (order[:, None] >= order)
     return (stream | own)[:, None]
+
+
+def _vision_layer(block: Any, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    x = x + _attend(block.attn, block.norm1(x), rotary)
+    return x + block.mlp(block.norm2(x))
+
+
+def _text_layer(layer: Any, x: Tensor, mask: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    x = layer(x, attention_mask=mask, position_embeddings=cos_sin, use_cache=False)
+    return x[0] if isinstance(x, tuple) else x
 
 
 def _attend(attention: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

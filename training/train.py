@@ -131,16 +131,15 @@ class Schedule:
         return min(1.0, self.spent_s / self._seconds)
 
 
-def batches(form: Format, args: argparse.Namespace, start: int, schedule: Schedule) -> Iterator[tuple[Stage, Batch]]:
+def batches(streams: Streams, workers: int, schedule: Schedule) -> Iterator[tuple[Stage, Batch]]:
     """Batches until the time is up, stage by stage of the curriculum."""
-    streams = Streams(form, args.seed + start, [stage.plan(args.tokens) for stage in CURRICULUM])
     streams.current.value = stage_at(schedule.progress)
     loader = DataLoader(
         streams,
         batch_size=None,
         collate_fn=_as_it_is,
-        num_workers=args.workers,
-        prefetch_factor=3 if args.workers else None,
+        num_workers=workers,
+        prefetch_factor=3 if workers else None,
     )
     for number, batch in loader:
         if schedule.progress >= 1:
@@ -170,13 +169,16 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     trainee, _, form = build(args.seed, args.size)
     trainee.to(device)
+    if args.compile:
+        trainee.compile()
     logger.info("%.2f million parameters", sum(p.numel() for p in trainee.model.parameters()) / 1e6)
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     step, spent_s = _resume(args.run, trainee, optimizer, device)
     schedule = Schedule(60 * args.minutes, spent_s)
     noise = torch.Generator(device).manual_seed(args.seed + step)
     tally = Tally()
-    for stage, batch in tally.waiting(batches(form, args, step, schedule)):
+    streams = Streams(form, args.seed + step, [stage.plan(args.tokens) for stage in CURRICULUM])
+    for stage, batch in tally.waiting(batches(streams, args.workers, schedule)):
         progress = schedule.progress
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, progress, args.lr)
@@ -191,6 +193,7 @@ def train(args: argparse.Namespace) -> None:
         tally.add(losses)
         if step % args.log_every == 0:
             _log(args.run, step, schedule.spent_s, tally, stage)
+            streams.odds[:] = tally.odds()
             tally.clear()
         if step % args.save_every == 0:
             _save(args.run, step, schedule.spent_s, trainee, optimizer)
@@ -244,6 +247,11 @@ class Tally:
         sight = torch.stack([sight for _, sight in self._losses]).mean(0).tolist()
         return {"answers": round(answers, 4), "sight": [[round(loss, 3) for loss in head] for head in sight]}
 
+    def odds(self) -> list[float]:
+        """How often to ask each kind from now on: the more often it is answered wrongly."""
+        shares = self.shares()
+        return [0.2 + 1 - shares.get(kind, 0.0) for kind in KINDS]
+
     def shares(self) -> dict[str, float]:
         num_right, num_asked = np.zeros(len(KINDS), int), np.zeros(len(KINDS), int)
         for verdict in self._verdicts:
@@ -255,13 +263,15 @@ class Tally:
 
 
 def export(run: Path, folder: Path, seed: int, size: str) -> None:
-    """Write the trained model as a checkpoint folder, bfloat16."""
+    """Write the trained model as a checkpoint folder: stored in bfloat16, to be run in float32."""
     trainee, tokenizer, _ = build(seed, size)
     state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
     trainee.load_state_dict(state["trainee"])
     save_checkpoint(
         folder, trainee.model, tokenizer, "qwen2_5_vl", pixels=(MIN_PIXELS, MAX_PIXELS), dtype=torch.bfloat16
     )
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def _resume(run: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, float]:
@@ -308,6 +318,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--save-every", type=int, default=1000)
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the checkpoint, train no more")
