@@ -200,7 +200,7 @@ class LocalNode:
         question: str,
         options: Sequence[str],
         *,
-        rank_by: RankBy = "calibrated",
+        rank_by: RankBy = "normalized",
         as_of: str | None = None,
         timeout_s: float | None = None,
         **ignored: Any,

@@ -184,7 +184,7 @@ class NodeClient:
         question: str,
         options: Sequence[str],
         *,
-        rank_by: RankBy = "calibrated",
+        rank_by: RankBy = "normalized",
         as_of: str | None = None,
         timeout_s: float | None = None,
         request_id: str | None = None,

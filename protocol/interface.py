@@ -123,7 +123,7 @@ class VideoMemory(Protocol):
         question: str,
         options: Sequence[str],
         *,
-        rank_by: RankBy = "calibrated",
+        rank_by: RankBy = "normalized",
         as_of: str | None = None,
         timeout_s: float | None = None,
         **ignored: Any,

@@ -131,7 +131,7 @@ class AskChoice(Message, frozen=True, kw_only=True):
     stream: StreamName
     question: Question
     options: Annotated[list[Option], Meta(min_length=2)]
-    rank_by: Literal["raw", "normalized", "calibrated"] = "calibrated"
+    rank_by: Literal["raw", "normalized", "calibrated"] = "normalized"
     as_of: MarkName | UnsetType = UNSET
 
 
