@@ -1,7 +1,7 @@
 """Small random checkpoints of every family, written as ordinary checkpoint folders.
 
-They load through the same code as the published ones. The exactness checks run on them, and the built-in
-model is one of them: `python -m onlooker.node.random_checkpoint FOLDER` writes it.
+They load through the same code as the published ones, and the exactness checks run on them.
+`python -m onlooker.node.random_checkpoint FOLDER` writes one.
 """
 
 import argparse
@@ -68,7 +68,7 @@ _CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}
 """
 
-UNTRAINED = "The built-in model's weights are untrained: its words are noise. Memory, timing and proof are real."
+UNTRAINED = "The weights of this model are random: its words are noise. Memory, timing and proof are real."
 
 
 def build_tokenizer(vocab_size: int = 512, corpus: Iterable[str] = _CORPUS) -> tokenizers.Tokenizer:
@@ -201,8 +201,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def main(argv: Iterable[str] | None = None) -> int:
-    """Write the built-in model."""
-    parser = argparse.ArgumentParser(description="Write the built-in checkpoint, untrained.")
+    """Write one, with a notice of what it is."""
+    parser = argparse.ArgumentParser(description="Write a small checkpoint with random weights.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model-type", default="qwen2_5_vl", choices=sorted(FAMILIES))
     parser.add_argument("--seed", type=int, default=0)

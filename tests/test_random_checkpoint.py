@@ -46,10 +46,10 @@ def test_an_unknown_family_is_refused():
 
 def test_the_command_writes_a_folder_that_says_that_its_words_are_noise(tmp_path: Path):
     assert main([str(tmp_path), "--model-type", "qwen2_5_vl"]) == 0
-    assert "untrained" in (tmp_path / "notice.txt").read_text()
+    assert "random" in (tmp_path / "notice.txt").read_text()
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen2_5_vl"
 
 
 def test_the_builtin_folder_is_there_with_all_its_files():
     names = {path.name for path in BUILTIN.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "notice.txt", "preprocessor_config.json"} <= names
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= names
