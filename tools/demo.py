@@ -7,6 +7,7 @@ is checked.
 
 from __future__ import annotations
 
+import math
 import signal
 import tempfile
 import threading
@@ -53,21 +54,23 @@ POLL_S = 0.02
 NODE_ARGUMENTS = (
     *("--model", "builtin", "--device", "cpu", "--stream", STREAM),
     *("--set", "name=demo", "--set", "telemetry.period_s=0.25", "--set", "stream_defaults.memory_bytes=64MiB"),
+    *("--set", "stream_defaults.layout=turns"),  # in which the built-in model lists things best
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked; with options, a choice."""
+    """What is asked; with options, a choice. `truth` gives the right answer, where it is known, for what was seen."""
 
     text: str
     options: tuple[str, ...] = ()
+    truth: Callable[[Sequence[str]], str] | None = None
 
 
 ABOUT_THE_CLIP = (
-    Question("What colour is the shape?"),
-    Question("Which shapes have you seen so far?"),
-    Question("What was the last shape?", THINGS),
+    Question("What colour is the shape?", truth=lambda seen: seen[-1].split()[0]),
+    Question("Which shapes have you seen so far?", truth=lambda seen: ", ".join(f"a {thing}" for thing in seen)),
+    Question("What was the last shape?", tuple(f"a {thing}" for thing in THINGS), truth=lambda seen: f"a {seen[-1]}"),
 )
 ABOUT_ANYTHING = (
     Question("What can be seen?"),
@@ -81,6 +84,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
     question: str
     options: tuple[str, ...]
+    wanted: str  # "" where the right answer is not known
     answer: str
     while_playing: bool  # whether pictures were still coming when the answer was there
     reply: Answer | Choice
@@ -151,8 +155,13 @@ def make_clip(path: Path) -> Path:
     """Film a red circle, then a blue square, then a green triangle."""
     from .scenes import make_plain_story, write_clip
 
-    write_clip(make_plain_story(0, THINGS, show_s=SHOW_S, split="test"), path, fps=CLIP_FPS)
+    write_clip(make_plain_story(1, THINGS, show_s=SHOW_S, split="test"), path, fps=CLIP_FPS)
     return path
+
+
+def things_seen(num_frames: int) -> Sequence[str]:
+    """What so many frames of the clip show, in order."""
+    return THINGS[: math.ceil(num_frames / (SHOW_S * CLIP_FPS))]
 
 
 def play_and_ask(video: Path, questions: Sequence[Question], endpoints: dict[str, str]) -> Report:
@@ -183,6 +192,7 @@ def play_and_ask(video: Path, questions: Sequence[Question], endpoints: dict[str
         stream=stream,
         num_records=watcher.num_records,
         checks=[
+            *([check_answers(asked)] if all(each.wanted for each in asked) else []),
             check_frames(playing.result(), stream),
             check_bytes(stream),
             check_traces(asked, watcher.view),
@@ -211,6 +221,7 @@ def _ask(client: NodeClient, question: Question, playing: Future[Played]) -> Ask
     return Asked(
         question=question.text,
         options=question.options,
+        wanted=question.truth(things_seen(reply.memory.num_frames)) if question.truth else "",
         answer=answer,
         while_playing=not playing.done(),
         reply=reply,
@@ -256,6 +267,14 @@ class Watcher:
 
 
 # The checks
+
+
+def check_answers(asked: Sequence[Asked]) -> Check:
+    """Whether the built-in model has seen what the clip shows."""
+    wrong = [each for each in asked if each.answer != each.wanted]
+    figures = f"{len(asked) - len(wrong)} of {len(asked)} are what the clip shows"
+    figures += "".join(f"; not {each.answer!r} but {each.wanted!r}" for each in wrong)
+    return Check(promise="the answers are right", held=not wrong, figures=figures)
 
 
 def check_frames(played: Played, stream: StreamStats) -> Check:
