@@ -7,7 +7,6 @@ ONLOOKER_SCREENSHOTS names, if it does.
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,14 @@ pytestmark = pytest.mark.skipif(
 START_S = 60.0  # torch and gradio may have to be read from a cold disk
 PATIENCE_S = 20.0
 THINGS = ("red circle", "blue square", "green triangle")
+OPTIONS = ", ".join(f"a {thing}" for thing in THINGS)
 ROOT = Path(__file__).parent.parent
 CLICK = "arguments[0].click()"
 
+# What fades in and out would be caught half-way by a screenshot.
+_STAND_STILL = """
+document.head.insertAdjacentHTML("beforeend", "<style>* { transition: none !important }</style>")
+"""
 _PRESS_ENTRY = """
 const entries = [...document.querySelectorAll(`#${arguments[0]} ul li, ul.options li`)];
 const entry = entries.find(each => each.textContent.includes(arguments[1]));
@@ -59,7 +64,7 @@ return entry !== undefined;
 class Screen:
     """A browser that looks at the page. Nothing outside this machine can be reached from it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, served: Served) -> None:
         options = webdriver.ChromeOptions()
         options.binary_location = str(CHROMIUM)
         for flag in (
@@ -70,10 +75,11 @@ class Screen:
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
-        self.address = address
+        self.address = served.address
         self.resize(1280)
-        self.driver.get(f"{address}/?__theme=light")
+        self.driver.get(f"{self.address}/?__theme=light")
         self.wait("#head", "Onlooker")
+        self.driver.execute_script(_STAND_STILL)
 
     def resize(self, width: int) -> None:
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
@@ -187,12 +193,16 @@ class Served:
             text=True,
             cwd=folder,
         )
+        self._folder = folder
+
+    @cached_property
+    def address(self) -> str:
+        """Where the page is, once it is served."""
         assert self._process.stdout is not None
         assert select.select([self._process.stdout], [], [], START_S)[0], "the page was not served in time"
-        line = self._process.stdout.readline()
-        match = re.search(r"http://[0-9.:]+", line)
-        assert match, (folder / "web.log").read_text()
-        self.address = match[0]
+        match = re.search(r"http://[0-9.:]+", self._process.stdout.readline())
+        assert match, (self._folder / "web.log").read_text()
+        return match[0]
 
     @property
     def pid(self) -> int:
@@ -226,7 +236,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def screen(served: Served) -> Iterator[Screen]:
-    screen = Screen(served.address)
+    screen = Screen(served)
     try:
         yield screen
     finally:
@@ -279,8 +289,8 @@ def test_a_video_is_uploaded_played_and_asked_about_while_it_plays(screen: Scree
     play(screen, story, "1\N{MULTIPLICATION SIGN}")
     screen.wait("#timeline", "remembered [1-9]")
     tokens = screen.wait("#memory", r"([\d,]+)\s+of [\d,]+\s+bytes")[1]
-    screen.write("question", f"What do you see now?{Keys.ENTER}")
-    screen.ask("Which shape is it?", ", ".join(THINGS))
+    screen.write("question", f"What was the first thing?{Keys.ENTER}")
+    screen.ask("What do you see now?", OPTIONS)
     until(lambda: len(cards(screen)) == 2, PATIENCE_S)
     assert "Playing: " in screen.text("#progress")
     for card in cards(screen):
@@ -288,7 +298,7 @@ def test_a_video_is_uploaded_played_and_asked_about_while_it_plays(screen: Scree
         assert re.search(r"in memory [\d,]+ frames of [\d.]+ s", card)
         assert re.search(r"first token [\d.]+ ms", card)
         assert "memory unchanged" in card
-    choice = next(card for card in cards(screen) if "Which shape" in card)
+    choice = next(card for card in cards(screen) if "nats" in card)
     assert sum(map(int, re.findall(r"(\d+)%", choice))) in range(99, 102)
     assert screen.wait("#memory", r"([\d,]+)\s+of [\d,]+\s+bytes")[1] != tokens
     screen.wait("#timeline", "remembered (2[4-9]|3[0-9])")
@@ -303,7 +313,7 @@ def test_the_answers_are_right(screen: Screen, story: Path, tmp_path: Path) -> N
     screen.wait("#timeline", "remembered 48")
     screen.ask("What was the first thing?")
     screen.ask("What do you see now?")
-    screen.ask("What was the last thing?", ", ".join(f"a {thing}" for thing in THINGS))
+    screen.ask("What was the last thing?", OPTIONS)
     until(lambda: len(cards(screen)) == 3, PATIENCE_S)
     screen.keep("web_answer")
     if "untrained" in screen.text("#banner"):
@@ -362,6 +372,7 @@ def test_the_browser_s_camera_is_a_camera(screen: Screen) -> None:
     screen.wait("#figures", r"encoded\s+[\d.]+ fps\s+[1-9]\d* frames")
     screen.wait("#timeline", "remembered [1-9]")
     until(lambda: screen.width_of("#picture img[data-live='live/webcam']"), PATIENCE_S)
+    screen.click("#webcam button.capture-button")
 
 
 def test_mistakes_are_said_where_they_happen(told: Screen) -> None:
@@ -375,11 +386,15 @@ def test_mistakes_are_said_where_they_happen(told: Screen) -> None:
 
 
 def test_the_page_is_no_wider_than_its_window(told: Screen) -> None:
-    for width, theme in itertools.product((1280, 390), ("light", "dark")):
+    for width, theme, name in (
+        *((1280, "light", ""), (1280, "dark", "web_dark")),
+        *((390, "light", "web_phone"), (390, "dark", "web_phone_dark")),
+    ):
         told.resize(width)
         told.dress(theme)
-        told.keep(f"web_{width}_{theme}")
         assert told.driver.execute_script("return document.documentElement.scrollWidth") == width
+        if name:
+            told.keep(name)
     told.resize(1280)
     told.dress("light")
 

@@ -116,11 +116,11 @@ class Page:
                 self._lay_out_section("live", self._lay_out_live)
                 self._lay_out_section("source", self._lay_out_sources)
                 self._lay_out_section("device-section", self._lay_out_device)
-                self._lay_out_section("events-section", self._lay_out_events)
             with gr.Column(scale=6, min_width=330):
                 self._lay_out_section("memory-section", self._lay_out_memory)
                 self._lay_out_section("ask-section", self._lay_out_ask)
                 self._lay_out_section("marks-section", self._lay_out_marks)
+                self._lay_out_section("events-section", self._lay_out_events)
         self._timer = gr.Timer(REFRESH_S)
 
     def _lay_out_section(self, name: str, lay_out: Callable[[], None]) -> None:
@@ -205,7 +205,7 @@ class Page:
             self._ask = gr.Button("Ask", variant="primary", elem_id="ask", scale=1, min_width=70)
         with gr.Row(equal_height=True):
             self._options = gr.Textbox(
-                placeholder="red circle, blue square",
+                placeholder="a red circle, a blue square",
                 label="Answers to choose from, if any",
                 elem_id="options",
                 scale=4,
@@ -264,8 +264,9 @@ class Page:
         _on(self._mark.click, self._press_mark, [self._stream, self._mark_name], [self._mark_note, self._mark_name])
         _on(self._rollback.click, self._press_rollback, [self._stream, self._mark_choice], [self._mark_note])
         _on(self._delete.click, self._press_delete, [self._stream, self._mark_choice], [self._mark_note])
-        notes = [self._source_note, self._settings_note, self._ask_note, self._mark_note]
-        _on(self._stream.input, lambda: [""] * len(notes), [], notes)  # they were about another stream
+        notes = [self._settings_note, self._ask_note, self._mark_note]
+        _on(self._stream.change, lambda: [""] * len(notes), [], notes)  # they were about another stream
+        _on(self._stream.input, lambda: "", [], [self._source_note])
         self._webcam.stream(
             self._see, [self._webcam, *settings], on_source, stream_every=WEBCAM_EVERY_S, show_progress="hidden",
             time_limit=None, concurrency_limit=1, api_visibility="private",

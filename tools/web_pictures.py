@@ -209,8 +209,8 @@ def _played_text(player: Player, played: Played) -> str:
     text = f"{'Stopped' if player.was_stopped else 'Played'}: {played.sent} frames sent"
     if played.node:
         text += f", {played.node.encoded} encoded"
-        if dropped := reasons_text(played.node.dropped):
-            text += f", dropped: {dropped}"
+        dropped = sorted(played.node.dropped.items(), key=lambda item: -item[1])
+        text += "".join(f", {num} dropped: {REASONS.get(reason, reason)}" for reason, num in dropped)
     return text
 
 

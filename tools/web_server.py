@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from .web_page import CSS, ICON, SCRIPT, theme
 from .web_source import Pictures, shown_jpeg
 
-CLOSING_S = 2
+CLOSING_S = 1
 MAX_UPLOAD = "4gb"
 
 
