@@ -20,6 +20,7 @@ from .arena import Arena, Extent, KVShape
 ROWS_PER_TILE = 8
 _OWN_SPLITS = 4
 _MAX_SPLITS = 128
+_LARGE_SHARED_BYTES = 128 << 10  # three stages take up to 112 KiB, two 80; a desktop card has 99
 _TABLE = 5  # numbers of a tile beside its rows and lengths: see `attend_splits`
 
 
@@ -59,6 +60,7 @@ class SplitAttention:
         self.max_tiles = max_tiles
         self._memory_splits = _num_splits(shape, num_rows, self._rows_per_tile)
         self._num_splits = self._memory_splits + _OWN_SPLITS
+        self._num_stages = _num_stages(shape)
         device = shape.layer_devices[0]
         self._partial_out = torch.empty(num_rows, num_heads, self._num_splits, shape.head_dim, device=device)
         self._partial_lse = torch.empty(num_rows, num_heads, self._num_splits, device=device)
@@ -117,7 +119,7 @@ class SplitAttention:
             BLOCK_D=block_d,
             PRECISION="ieee" if is_wide else "tf32",
             num_warps=4,
-            num_stages=2 if is_wide else 3,
+            num_stages=self._num_stages,
         )
         kernels.merge_splits[(query.shape[0] * self._num_heads,)](
             self._partial_out,
@@ -164,6 +166,15 @@ def _num_splits(shape: KVShape, num_rows: int, rows_per_tile: int) -> int:
     num_cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
     programs = shape.num_kv_heads * -(-num_rows // rows_per_tile)
     return max(_OWN_SPLITS, min(_MAX_SPLITS, _power_of_2(2 * num_cores // programs)))
+
+
+def _num_stages(shape: KVShape) -> int:
+    """Blocks of keys and values on their way at once: as many as the card's shared memory holds."""
+    device = shape.layer_devices[0]
+    if device.type != "cuda" or shape.dtype == torch.float32:
+        return 2
+    shared_bytes = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    return 3 if shared_bytes >= _LARGE_SHARED_BYTES else 2
 
 
 def _power_of_2(n: int) -> int:

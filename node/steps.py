@@ -7,7 +7,9 @@ rows than it has are made up by repeating the last one, which writes the same va
 
 import logging
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -37,6 +39,7 @@ class Step(MemoryPass):
         is_cuda = model.device.type == "cuda"
         host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=is_cuda)
         self._host = host
+        self._copied = torch.cuda.Event() if is_cuda else None
         self._inputs = torch.zeros_like(host, device=model.device)
         self._host_parts = [part.numpy() for part in host.split(sizes)]
         self._ids, self._positions, self._newest, self._wanted, self._tables = self._inputs.split(sizes)
@@ -46,16 +49,16 @@ class Step(MemoryPass):
         self._logits = torch.empty(0)
 
     @torch.inference_mode()
-    def capture(self, pool: object = None) -> None:
-        """Record the graph; row 0 of the scratch is written to. Raises what CUDA raises."""
-        stream = torch.cuda.Stream()
+    def capture(self, stream: torch.cuda.Stream, pool: object) -> None:
+        """Record the graph on a side stream; row 0 of the scratch is written to. Raises what CUDA raises."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # what a kernel loads or compiles at its first use must not be in the graph
+            self._compute()  # what a kernel loads or compiles at its first use must not be in the graph
+            with _never_waiting():
                 self._compute()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # type: ignore[arg-type]
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # type: ignore[arg-type]
             self._logits = self._compute()
         self._graph = graph
 
@@ -66,6 +69,8 @@ class Step(MemoryPass):
         Logits (num wanted, vocabulary), float32, are valid until the next run.
         """
         padded = [*rows, *[rows[-1]] * (self.num_rows - len(rows))]
+        if self._copied is not None:
+            self._copied.synchronize()  # a busy device may not have read the step before this one yet
         ids, positions, newest, places, tables = self._host_parts
         ids[:] = [row.token for row in padded]
         positions[:] = [row.position for row in padded]
@@ -73,6 +78,8 @@ class Step(MemoryPass):
         places[:] = [*wanted, *[wanted[-1]] * (self._num_logits - len(wanted))]
         self._attention.write_tables(padded, tables)
         self._inputs.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
         if self._graph is None:
             self._rows = padded
             self._logits = self._compute()
@@ -105,7 +112,7 @@ class Steps:
 
     def __init__(self, model: VisionLanguageModel, scratch: Arena, max_answers: int) -> None:
         self._decode = [
-            Step(model, scratch, num, num_logits=num, max_tiles=2 * num) for num in _sizes_up_to(max_answers)
+            Step(model, scratch, num, num_logits=num, max_tiles=2 * num) for num in sizes_up_to(max_answers)
         ]
         self._question = [
             Step(model, scratch, num, num_logits=1, max_tiles=2 * -(-num // ROWS_PER_TILE)) for num in QUESTION_SIZES
@@ -113,9 +120,10 @@ class Steps:
 
     def capture(self) -> None:
         """Record all graphs, the largest first: they share their memory."""
-        began, pool = time.monotonic(), torch.cuda.graph_pool_handle()
+        # One stream for all: each that multiplies matrices keeps tens of megabytes of workspace for good.
+        began, stream, pool = time.monotonic(), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         for step in sorted([*self._decode, *self._question], key=lambda step: -step.num_rows):
-            step.capture(pool)
+            step.capture(stream, pool)
         torch.cuda.synchronize()
         sizes = [[step.num_rows for step in steps] for steps in (self._decode, self._question)]
         seconds = time.monotonic() - began
@@ -139,17 +147,35 @@ def captured_steps(model: VisionLanguageModel, scratch: Arena, max_answers: int)
     """
     if model.device.type != "cuda" or len(set(scratch.shape.layer_devices)) > 1:
         return None
+    current = torch.cuda.current_stream(model.device)
     try:
         steps = Steps(model, scratch, max_answers)
         steps.capture()
     except Exception:  # a missing Triton, a layer that cannot be captured, a compiler's failure
         logger.warning("no CUDA graphs: steps are launched kernel by kernel", exc_info=True)
+        torch.cuda.set_stream(current)  # a capture that could not be ended leaves its own in place
         torch.cuda.synchronize()
         return None
     return steps
 
 
-def _sizes_up_to(num: int) -> list[int]:
+@contextmanager
+def _never_waiting() -> Iterator[None]:
+    """Have torch raise RuntimeError where it would wait for the device.
+
+    A capture that meets such a place is lost, and the allocator never hears of its end.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls the mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def sizes_up_to(num: int) -> list[int]:
     """Powers of two, and `num` itself."""
     return sorted({1 << i for i in range(num.bit_length()) if 1 << i < num} | {num})
 
