@@ -8,11 +8,16 @@ Shapes: queries (batch, heads, q_len, head_dim) as the layers hand them over; in
 K/V head form a group: (batch, kv_heads, group, q_len, head_dim). Segments are (kv_len, kv_heads, head_dim).
 """
 
+import logging
+import math
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _aten = torch.ops.aten
 
@@ -63,7 +68,7 @@ def attend_recent(query: Tensor, key: Tensor, value: Tensor, scale: float) -> li
     tokens' own. One partial or two, as the kernel has it.
     """
     num_past = key.shape[0] - query.shape[3]
-    if _kernel(query) is _flash_cuda:  # it shares K/V heads, and counts causality from the end
+    if _kernel(query) is _flash_cuda and _flash_reads_recent(query.device, query.dtype):
         key, value = key.transpose(0, 1)[None], value.transpose(0, 1)[None]
         out, lse = _flash_cuda(query.flatten(1, 2), key, value, True, scale)
         return [Partial(out.unflatten(1, query.shape[1:3]), lse.unflatten(1, query.shape[1:3]))]
@@ -112,9 +117,43 @@ def _kernel(query: Tensor) -> Kernel:
         return _flash_cpu
     if query.shape[-1] % 8:
         return _unfused
-    if query.dtype in (torch.float16, torch.bfloat16):
+    if query.dtype in (torch.float16, torch.bfloat16) and _has_flash(query.device):
         return _flash_cuda
     return _efficient_cuda
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def _flash_reads_recent(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this device's flash attention is as `attend_recent` wants it; tried once, and in the log if not."""
+    try:
+        is_so = reads_recent(_flash_cuda, device, dtype)
+    except RuntimeError:
+        logger.warning("flash attention over past and new tokens fails", exc_info=True)
+        is_so = False
+    if not is_so:
+        logger.warning("past and new tokens are attended to one after the other, which takes longer")
+    return is_so
+
+
+def reads_recent(kernel: "Kernel", device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel shares K/V heads among query heads, and counts causality from the end.
+
+    Two tokens that like three keys equally well: the first should see two of them, the second all.
+    """
+    query = torch.zeros(1, 2, 2, 64, device=device, dtype=dtype)
+    key = torch.zeros(1, 1, 3, 64, device=device, dtype=dtype)
+    value = torch.tensor([0.0, 3.0, 3.0], device=device, dtype=dtype)[:, None].expand(3, 64).contiguous()[None, None]
+    out, lse = kernel(query, key, value, True, 1.0)
+    rows = zip((1.5, 2.0), (math.log(2), math.log(3)), strict=True)
+    return all(
+        bool(((out[:, :, i].float() - mean).abs() <= 0.02).all() and ((lse[:, :, i] - total).abs() <= 0.02).all())
+        for i, (mean, total) in enumerate(rows)
+    )
 
 
 def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from onlooker.node.attention import (
     attend_shared,
     grouped,
     merge,
+    reads_recent,
 )
 
 KV_HEADS, GROUP, HEAD_DIM = 2, 3, 16
@@ -74,6 +75,18 @@ def test_the_newest_tokens_see_what_was_before_them_and_each_other(
     visible = torch.ones(num_new, num_past + num_new, dtype=torch.bool).tril(num_past)[None]
     expected = reference(query, key[None], value[None], visible)[0].transpose(1, 2)
     assert distance(merge(attend_recent(grouped(query, kv_heads), key, value, SCALE)), expected) <= 1e-6
+
+
+@pytest.mark.parametrize(("first_sees", "is_so"), [(2, True), (1, False), (3, False)])
+def test_a_kernel_that_counts_causality_from_the_start_is_found_out(first_sees: int, is_so: bool):
+    def kernel(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        assert causal
+        num_new, num_keys = query.shape[2], key.shape[2]
+        visible = torch.ones(num_new, num_keys, dtype=torch.bool).tril(first_sees - 1)
+        scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~visible, float("-inf"))
+        return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+    assert reads_recent(kernel, torch.device("cpu"), torch.float32) == is_so
 
 
 @pytest.mark.parametrize(("kv_heads", "group"), HEADS)
