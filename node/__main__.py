@@ -87,7 +87,7 @@ def _run(node: Node, config: NodeConfig, load_engine: LoadEngine, signals: Signa
 def _loaded(config: NodeConfig, load_engine: LoadEngine) -> ClosableEngine:
     try:
         return load_engine(config)
-    except (OnlookerError, OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OnlookerError, OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
         # Of the model, files, the device, or a missing package.
         logger.debug("where loading failed", exc_info=error)
         raise StartError(f"model: {config.model} cannot be loaded: {error}") from error

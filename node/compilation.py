@@ -6,6 +6,7 @@ size is never compiled while a stream runs; one token alone is a case of its own
 
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 CompileSetting = Literal["auto", "on", "off"]
 
 MIN_WEIGHTS_BYTES = 1 << 30  # below it a model is launched faster than it could be compiled
+MAX_VERSIONS = 64  # of one piece in one process
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 _CACHE_FOLDER = Path("~/.cache/onlooker/inductor")
 
@@ -37,27 +39,69 @@ class Compilation:
     """The compiled pieces of a model; they are compiled at their first use, while `warm_up` runs."""
 
     def __init__(self, tower: VisionTower, language: LanguageModel, backend: Any = "inductor") -> None:
-        self._models = (tower, language)
-        self._sound = [(model.before, model.after) for model in self._models]
+        self._tower = tower
+        self._language = language
+        self._sound = (tower.before, tower.after, language.before, language.after)
         self._backend = backend
 
     def use(self, warm_up: Callable[[], object]) -> bool:
         """Put compiled pieces in place and warm them up; False, with the log saying why, if they fail."""
-        os.environ.setdefault(_CACHE_VARIABLE, str(_CACHE_FOLDER.expanduser()))
         logger.info("compiling the model's layers; the first start takes a minute, later ones seconds")
         began = time.monotonic()
-        for model in self._models:
-            model.before = compiled(model.before, self._backend)
-            model.after = compiled(model.after, self._backend)
         try:
+            _prepare()
+            self._put_in_place()
             warm_up()
         except Exception:  # a compiler of this size fails in many ways; without it the model is only slower
             logger.warning("the layers cannot be compiled; they run as they are", exc_info=True)
-            for model, (before, after) in zip(self._models, self._sound, strict=True):
-                model.before, model.after = before, after
+            self.give_up()
             return False
         logger.info("compiled the model's layers in %.1f s", time.monotonic() - began)
         return True
+
+    def _put_in_place(self) -> None:
+        tower, language = self._tower, self._language
+        tower.before, tower.after = (compiled(piece, self._backend) for piece in (tower.before, tower.after))
+        language.before = compiled(language.before, self._backend)
+        if language.is_dense:  # experts are transformers' own code, made to be compiled or not
+            language.after = compiled(language.after, self._backend)
+
+    def give_up(self) -> None:
+        """Run the layers as they are."""
+        self._tower.before, self._tower.after, self._language.before, self._language.after = self._sound
+
+    def finish(self) -> None:
+        """From now on what would have to be compiled anew runs as it is, and no stream waits for a compiler."""
+        torch.compiler.set_stance("eager_on_recompile")
+        probe: Any = torch.compile(_negated, fullgraph=True, backend="eager")
+        try:
+            probe(torch.zeros(1))
+        except RuntimeError:  # torch 2.12 takes a whole graph that is not compiled for an error
+            torch.compiler.set_stance("default")
+
+
+def _negated(x: Tensor) -> Tensor:
+    return -x
+
+
+def _prepare() -> None:
+    """Let the compiler compile, and keep what it makes for the next start, where there is a place for it."""
+    torch.compiler.set_stance("default")
+    # Every model of a process adds its own entries for the same few functions, and the usual limit is 8.
+    torch._dynamo.config.recompile_limit = max(MAX_VERSIONS, torch._dynamo.config.recompile_limit)
+    if _CACHE_VARIABLE not in os.environ:
+        os.environ[_CACHE_VARIABLE] = str(_cache_folder())
+
+
+def _cache_folder() -> Path:
+    try:
+        folder = _CACHE_FOLDER.expanduser()  # RuntimeError: this user has no home
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError) as error:
+        logger.info("what is compiled is not kept for the next start: %s", error)
+        return Path(tempfile.mkdtemp(prefix="onlooker-inductor-"))
+    return folder
 
 
 def compiled(piece: Callable[..., Any], backend: Any = "inductor") -> Callable[..., Any]:

@@ -42,6 +42,7 @@ from .ledger import Snapshot
 from .memory import StreamMemory
 from .model import VisionLanguageModel, load_model
 from .options import StreamOptions
+from .steps import QUESTION_SIZES, sizes_up_to
 from .vram import VramMeter
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,9 @@ _IDLE_S = 0.25  # how often an idle engine comes round: for deadlines, and to sh
 _VRAM_PERIOD_S = 1.0
 _MAX_QUESTION_CHARS = 8192
 _MAX_OPTIONS = 32
-_WARM_UP_TOKENS = 256
+_WARM_UP_TOKENS = 1024
+_WARM_UP_SIDE = 6  # tokens: more than one window of the vision tower, and parts of windows
+_WARM_UP_TEXT = "What? " * QUESTION_SIZES[-1]  # at least a token a word
 # Of the largest logit: how far apart two orders of summation may come out in some layers.
 _MAX_STEP_GAP = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 MAX_MARKS = 256
@@ -150,41 +153,66 @@ class Engine:
         """
         model = self._model
         _use_device(model.device)
+        expected = self._rehearse()
+        compilation = None
         if should_compile(compile, model.device, self._weights_bytes):
-            Compilation(model.tower, model.language).use(self._rehearse)
-        self._rehearse()
+            compilation = Compilation(model.tower, model.language)
+            if compilation.use(self._rehearse) and not self._computes("compiled layers", expected):
+                compilation.give_up()
         self._scratch.capture_steps(model)
-        if self._scratch.steps is not None:
-            self._check_steps()
+        self._check_steps(expected)
+        if compilation is not None:
+            compilation.finish()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # what compilers tried out, and activations of other sizes than a stream's
 
-    def _rehearse(self) -> list[Tensor]:
-        """A chunk, a question and two tokens of its answer; returns the logits after the question and after each."""
-        side = 2 * self._model.geometry.factor
+    def _rehearse(self) -> Tensor:
+        """Two chunks, and steps of every size, of questions and of answers; returns all logits (num, vocabulary)."""
+        model, num_bytes = self._model, _WARM_UP_TOKENS * self._model.kv_shape.bytes_per_token
+        side = _WARM_UP_SIDE * model.geometry.factor
+        options = StreamOptions("warm-up", chunk_frames=4, encode_size=(side, side), memory_bytes=num_bytes)
+        memory = StreamMemory(model, options)
         pixels = np.zeros((side, side, 3), np.uint8)
-        pictures = tuple(Picture(pixels, seq, 0, "media", 0) for seq in range(2))
-        num_bytes = _WARM_UP_TOKENS * self._model.kv_shape.bytes_per_token
-        options = StreamOptions("warm-up", chunk_frames=2, encode_size=(side, side), memory_bytes=num_bytes)
-        memory = StreamMemory(self._model, options)
-        memory.append(Chunk(pictures))
-        branch = Branch(self._model, memory, memory.now, self._scratch)
+        for first in (0, 4):
+            memory.append(Chunk(tuple(Picture(pixels, seq, 0, "media", 0) for seq in range(first, first + 4))))
+        branches: list[Branch] = []
         try:
-            span = memory.layout.question(memory.now.layout, "?")
-            logits = [branch.prefill(span)]
-            for token in span.ids[:2].tolist():
-                logits.append(decode_tokens(self._model, [(token, branch)])[0].clone())
+            for _ in range(self._max_running):
+                branches.append(Branch(model, memory, memory.now, self._scratch))
+            return torch.stack(self._rehearse_questions(memory, branches))
         finally:
-            branch.close()
+            for branch in branches:
+                branch.close()
+
+    def _rehearse_questions(self, memory: StreamMemory, branches: list[Branch]) -> list[Tensor]:
+        logits: list[Tensor] = []
+        sizes = sizes_up_to(len(branches))
+        whole = memory.layout.question(memory.now.layout, _WARM_UP_TEXT)
+        for num in QUESTION_SIZES:
+            if not logits or branches[0].num_own + num + len(sizes) <= branches[0].slot_tokens:
+                logits.append(branches[0].prefill(whole.first(num)))
+        token = int(logits[0].argmax())
+        for num in sizes:
+            logits += decode_tokens(self._model, [(token, branch) for branch in branches[:num]]).clone()
+        branches[0].continuations(np.full((2, 3), token), np.full((2, 3), token))
         return logits
 
-    def _check_steps(self) -> None:
-        """Give up captured steps that do not compute what the layers compute kernel by kernel."""
-        captured, self._scratch.steps = self._scratch.steps, None
-        expected = torch.stack(self._rehearse())
-        self._scratch.steps = captured
-        gap = float((torch.stack(self._rehearse()) - expected).abs().max())
+    def _computes(self, what: str, expected: Tensor) -> bool:
+        """Whether a rehearsal gives what it gave kernel by kernel; the log says where it does not."""
         bound = _MAX_STEP_GAP[self._model.dtype] * float(expected.abs().max())
+        try:
+            gap = float((self._rehearse() - expected).abs().max())
+        except Exception:
+            logger.exception("%s failed: they are not used", what)
+            return False
         if not gap <= bound:
-            logger.error("captured steps are off by %g, at most %g was expected: they are not used", gap, bound)
+            logger.error("%s are off by %g, at most %g was expected: they are not used", what, gap, bound)
+            return False
+        return True
+
+    def _check_steps(self, expected: Tensor) -> None:
+        """Give up captured steps that do not compute what the layers compute kernel by kernel."""
+        if self._scratch.steps is not None and not self._computes("captured steps", expected):
             self._scratch.steps = None
 
     def start(self) -> None:

@@ -85,6 +85,11 @@ class Span:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def first(self, num: int) -> "Span":
+        """The first tokens by themselves, at least one."""
+        positions = self.positions[:, :num]
+        return Span(self.ids[:num], positions, self.visual[:num], int(positions.max()) + 1)
+
 
 @dataclass(slots=True)
 class _Writer:

@@ -1,3 +1,7 @@
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +14,13 @@ from onlooker.node.passes import Prefill
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DENSE = [family for family in FAMILIES if not family.endswith("moe")]
+
+
+@pytest.fixture(autouse=True)
+def stance() -> Iterator[None]:
+    """What a test forbids the compiler, it forbids in the whole process."""
+    yield
+    torch.compiler.set_stance("default")
 
 
 class Graphs:
@@ -53,6 +64,61 @@ def test_what_cannot_be_compiled_runs_as_it_is(checkpoints: Checkpoints, caplog:
     assert not Compilation(model.tower, model.language, refuse).use(lambda: see(model, 2, (2, 3)))
     assert "not today" in caplog.text
     assert torch.equal(see(model, 2, (2, 3)), expected)
+
+
+def test_compiled_pieces_that_are_given_up_run_as_they_were(checkpoints: Checkpoints):
+    model = load_model(str(checkpoints.path("qwen2_vl")), dtype="float32", device="cpu")
+    expected, graphs = see(model, 2, (2, 3)), Graphs()
+    compilation = Compilation(model.tower, model.language, graphs)
+    assert compilation.use(lambda: None)
+    compilation.give_up()
+    assert torch.equal(see(model, 2, (2, 3)), expected)
+    assert graphs.num == 0
+
+
+def test_experts_run_as_transformers_has_them(checkpoints: Checkpoints):
+    family = next(family for family in FAMILIES if family.endswith("moe"))
+    model = load_model(str(checkpoints.path(family)), dtype="float32", device="cpu")
+    expected, graphs = see(model, 2, (2, 3)), Graphs()
+    assert Compilation(model.tower, model.language, graphs).use(lambda: None)
+    assert (see(model, 2, (2, 3)) - expected).abs().max() <= 1e-5
+    assert graphs.num == 3
+
+
+def test_what_one_thread_compiled_another_uses():
+    graphs = Graphs()
+    double = torch.inference_mode()(compiled(lambda x: x + x, graphs))
+    double(torch.randn(5, 4))
+    thread = threading.Thread(target=lambda: double(torch.randn(7, 4)))
+    thread.start()
+    thread.join()
+    assert graphs.num == 1
+
+
+def test_what_comes_after_the_end_of_compiling_runs_as_it_is(checkpoints: Checkpoints):
+    model, graphs = checkpoints.model("qwen2_vl"), Graphs()
+    double = compiled(lambda x: x + x, graphs)
+    double(torch.randn(5, 4))
+    Compilation(model.tower, model.language, graphs).finish()
+    for x in (torch.randn(6, 4), torch.randn(6, 5, dtype=torch.float64)):
+        assert torch.equal(double(x), x + x)
+    assert graphs.num == 1
+
+
+@pytest.mark.parametrize("home", ["a file", "a folder"])
+def test_what_is_compiled_is_kept_at_home_or_else_in_a_folder_for_once(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+):
+    path = tmp_path / "home"
+    path.write_text("") if home == "a file" else path.mkdir()
+    monkeypatch.setenv("HOME", str(path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is restored
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    model = load_model(str(checkpoints.path("qwen2_vl")), dtype="float32", device="cpu")
+    assert Compilation(model.tower, model.language, Graphs()).use(lambda: see(model, 2, (2, 3)))
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder.is_dir()
+    assert folder.is_relative_to(path) == (home == "a folder")
 
 
 def test_one_token_alone_is_the_only_case_of_its_own():

@@ -167,6 +167,14 @@ def test_the_question_closes_the_video_and_opens_the_assistants_turn():
     assert not span.visual.any()
 
 
+def test_the_first_tokens_of_a_question_end_where_the_next_would_stand():
+    layout = NativeLayout(COUNTED)
+    span = layout.question(LayoutState(), "What?")
+    first = span.first(3)
+    assert first.ids.tolist() == span.ids[:3].tolist() and len(first) == len(first.visual) == 3
+    assert first.next_position == text_positions(span)[3]
+
+
 def test_a_question_after_an_image_closes_nothing_twice():
     layout = NativeLayout(COUNTED)
     _, state = stream(layout, patches(0, is_image=True))

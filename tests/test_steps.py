@@ -141,20 +141,40 @@ def test_without_a_gpu_nothing_is_captured(checkpoints: Checkpoints):
 
 
 class WrongSteps(Steps):
+    """Wrong where the largest step is taken."""
+
     def decode(self, rows: Sequence[Row]) -> Tensor | None:
         logits = super().decode(rows)
         assert logits is not None
-        return logits.roll(1, -1)
+        return logits.roll(1, -1) if len(rows) == 3 else logits
 
 
-@pytest.mark.parametrize(("kind", "is_kept"), [(Steps, True), (WrongSteps, False)])
+class WrongQuestions(Steps):
+    """Wrong where the largest step is taken."""
+
+    def question(self, rows: Sequence[Row]) -> Tensor | None:
+        logits = super().question(rows)
+        return logits if logits is None or len(rows) <= QUESTION_SIZES[0] else logits.roll(1, -1)
+
+
+class FailingSteps(Steps):
+    def decode(self, rows: Sequence[Row]) -> Tensor | None:
+        raise RuntimeError("an illegal instruction")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(Steps, ""), (WrongSteps, "are off by"), (WrongQuestions, "are off by"), (FailingSteps, "an illegal instruction")],
+)
 def test_steps_that_compute_something_else_are_given_up_before_the_start(
-    checkpoints: Checkpoints, kind: type[Steps], is_kept: bool, caplog: pytest.LogCaptureFixture
+    checkpoints: Checkpoints, kind: type[Steps], said: str, caplog: pytest.LogCaptureFixture
 ):
     model = checkpoints.model("qwen2_5_vl")
-    engine = Engine(model, max_concurrent_questions=2, scratch_tokens=SLOT)
-    engine._scratch.steps = kind(model, engine._scratch.arena, 2)
-    engine._check_steps()
-    assert (engine._scratch.steps is not None) == is_kept
-    assert ("they are not used" in caplog.text) != is_kept
+    engine = Engine(model, max_concurrent_questions=3, scratch_tokens=SLOT)
+    expected = engine._rehearse()
+    engine._scratch.steps = kind(model, engine._scratch.arena, 3)
+    engine._check_steps(expected)
+    assert (engine._scratch.steps is not None) == (kind is Steps)
+    assert ("they are not used" in caplog.text) == bool(said)
+    assert said in caplog.text
     assert engine.close()
