@@ -11,11 +11,22 @@ from onlooker.tools.story import (
     REACH,
     SHAPES,
     Shade,
+    make_camera_story,
     make_plain_story,
     make_story,
 )
 
 SEEDS = range(60)
+
+
+@pytest.mark.parametrize("fps", [1.0, 2.0, 8.0])
+def test_what_a_camera_story_shows_is_there_for_two_frames(fps: float):
+    # A duration that jitter made a hair too short for whole frames, as often as not.
+    stories = [make_camera_story(i, split="test", duration_s=(i % 40 + 2) / fps - 2e-7, fps=fps) for i in range(400)]
+    shortest = min(t.end_s - t.start_s for story in stories for t in story.things)
+    assert shortest > 2 / fps - 1e-5
+    counts = {len(story.things) for story in stories}
+    assert counts == set(range(9))
 
 
 def test_the_same_seed_tells_the_same_story():

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .scene_questions import KINDS, Quiz, ask_about, three_rounds
 from .scenes import FRAMES_AT_ONCE, render
-from .story import Story, make_story
+from .story import Story, make_camera_story
 
 Layout = Literal["native", "turns"]
 
@@ -24,8 +24,6 @@ CHUNK_FRAMES = (1, 2, 4, 6, 8)
 CAMERA_SIZES = ((320, 240), (320, 180), (240, 240), (240, 320), (180, 320))  # width, height
 
 ROUND_FRAMES = 2
-MAX_THINGS = 8
-EMPTY_SHARE = 0.08  # of the stories: nothing ever happens
 JITTER = 0.02  # of a frame's time
 
 
@@ -161,7 +159,7 @@ def _story_script(
     fps = float(rng.choice([1.0, 2.0, 4.0, 8.0], p=[0.2, 0.45, 0.25, 0.1]))
     times_s = (np.arange(num_frames) + rng.uniform(-JITTER, JITTER, num_frames)) / fps
     times_s -= times_s[0]
-    story = _story(seed, float(times_s[-1]) + 1 / fps, fps, rng)
+    story = make_camera_story(seed, split="test", duration_s=float(times_s[-1]) + 1 / fps, fps=fps)
     queries = []
     for moment in np.sort(rng.integers(1, num_frames // step + 1, num_questions)).tolist():
         shown_s = times_s[: moment * step]
@@ -173,15 +171,3 @@ def _story_script(
                 break
     size = CAMERA_SIZES[int(rng.integers(len(CAMERA_SIZES)))]
     return Script(seed, story, tuple(times_s.tolist()), size, tuple(queries))
-
-
-def _story(seed: int, duration_s: float, fps: float, rng: np.random.Generator) -> Story:
-    """A story for a stream of a rate: everything is shown in two frames at least, with or without gaps between."""
-    show_s = float(rng.choice([2, 3, 5])) / fps
-    gap_s = float(rng.choice([0, 1, 3])) / fps
-    if duration_s < show_s + gap_s:
-        show_s, gap_s = 2 / fps, 0.0
-    room = int(duration_s / (show_s + gap_s) + 1e-6)
-    fewest = 0 if rng.random() < EMPTY_SHARE else min(1, room)
-    num_things = int(rng.integers(fewest, min(MAX_THINGS, room) + 1))
-    return make_story(seed, split="test", duration_s=duration_s, num_things=num_things, min_show_s=show_s, gap_s=gap_s)

@@ -218,6 +218,24 @@ def make_story(
     return _story(rng, seed, split, things, duration_s)
 
 
+def make_camera_story(seed: int, *, split: Split, duration_s: float, fps: float) -> Story:
+    """A story for a camera of so many frames a second: what appears is there for two frames at least.
+
+    Up to eight things, seldom none; with or without empty stretches between them.
+    """
+    rng = np.random.default_rng([7, seed])
+    show_s = float(rng.choice([2, 4, 6], p=[0.25, 0.4, 0.35])) / fps
+    gap_s = float(rng.choice([0, 1, 3])) / fps
+    if duration_s < show_s + gap_s:
+        show_s, gap_s = 2 / fps, 0.0
+    room = int(duration_s / (show_s + gap_s) + 1e-6)
+    fewest = 0 if rng.random() < 0.08 else min(1, room)
+    num_things = int(rng.integers(fewest, min(8, room) + 1))
+    # Times jitter: the last frame may be early by a hair.
+    show_s = min(show_s, (1 - 1e-6) * duration_s / max(1, num_things) - gap_s)
+    return make_story(seed, split=split, duration_s=duration_s, num_things=num_things, min_show_s=show_s, gap_s=gap_s)
+
+
 def make_plain_story(seed: int, names: Sequence[str], *, show_s: float = 1.0, split: Split = "train") -> Story:
     """Show named things ("red circle") one after the other, each `show_s` long and still, without gaps.
 

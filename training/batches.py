@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..node.layout import LAYOUTS, Format, LayoutState, Patches, Span
 from ..tools.scene_questions import KINDS, Quiz, ask_about
 from ..tools.scenes import pack
-from ..tools.story import COLOURS, SHAPES, Split, Story, make_story
+from ..tools.story import COLOURS, SHAPES, Split, Story, make_camera_story
 
 # Merged tokens (rows, columns) of the encode sizes that a camera of usual shape gets; see the processor config.
 GRIDS = ((4, 4), (3, 5), (3, 4), (5, 3), (4, 3))
@@ -145,7 +145,8 @@ def _row(
     fps = float(rng.choice([1.0, 2.0, 4.0, 8.0], p=[0.2, 0.45, 0.25, 0.1]))
     times_s = np.arange(shape.num_frames) / fps + rng.uniform(-0.02, 0.02, shape.num_frames) / fps
     times_s -= times_s[0]
-    story = story_for(int(rng.integers(1 << 31)), float(times_s[-1] + 1 / fps), fps, split, rng)
+    seed = int(rng.integers(1 << 31))
+    story = make_camera_story(seed, split=split, duration_s=float(times_s[-1] + 1 / fps), fps=fps)
     spans, states = lay_out(form, shape, times_s)
     stream = _joined(spans)
     ends = np.cumsum([len(span) for span in spans])
@@ -168,20 +169,6 @@ def _row(
         np.concatenate([none, *(b.labels for b in branches)]),
         np.concatenate([np.full(num, -1), *(b.kinds for b in branches)]),
     )
-
-
-def story_for(seed: int, duration_s: float, fps: float, split: Split, rng: np.random.Generator) -> Story:
-    """A story for a stream of a rate: everything is shown in two frames at least, with or without gaps between."""
-    show_s = float(rng.choice([2, 4, 6], p=[0.25, 0.4, 0.35])) / fps
-    gap_s = float(rng.choice([0, 1, 3])) / fps
-    if duration_s < show_s + gap_s:
-        show_s, gap_s = 2 / fps, 0.0
-    room = int(duration_s / (show_s + gap_s) + 1e-6)
-    fewest = 0 if rng.random() < 0.08 else 1
-    num_things = int(rng.integers(fewest, max(fewest, min(8, room)) + 1)) if room else 0
-    # Times jitter: the last frame may be early by a hair.
-    show_s = min(show_s, (1 - 1e-6) * duration_s / max(1, num_things) - gap_s)
-    return make_story(seed, split=split, duration_s=duration_s, num_things=num_things, min_show_s=show_s, gap_s=gap_s)
 
 
 def lay_out(form: Format, shape: Shape, times_s: np.ndarray) -> tuple[list[Span], list[LayoutState]]:
