@@ -208,6 +208,7 @@ class Engine:
         if not gap <= bound:
             logger.error("%s are off by %g, at most %g was expected: they are not used", what, gap, bound)
             return False
+        logger.info("%s are off by %g at most, and up to %g was expected", what, gap, bound)
         return True
 
     def _check_steps(self, expected: Tensor) -> None:

@@ -1,10 +1,12 @@
 """Where the time goes on a GPU, stage by stage and variant by variant: the engine's ways beside those it replaced.
 
-    python tests/gpu/speed.py {kernels,model,gate} [--model qwen2.5-vl-3b] [--budget 120] [--json FILE]
+    python tests/gpu/speed.py {right,start,kernels,model} [--model qwen2.5-vl-3b] [--budget 120] [--json FILE]
 
-`kernels` compares the kernels and the captured steps with plain torch; `model` times the stages of a 1080p chunk, of
-a question and of decoding with CUDA events at a published model's sizes with random weights. What fails is
-printed with its traceback, and the rest goes on; what would begin after the budget (seconds) is left out.
+`right` compares the kernels and the captured steps with plain torch, and passes the exactness gate; `start` starts
+an engine at a published model's sizes with random weights and shows what it gave up, what it takes, and that nothing
+is compiled once it is warm; `kernels` times attention alone; `model` times the stages of a 1080p chunk, of a question
+and of decoding with CUDA events. What fails is printed with its traceback, and the rest goes on; what would begin
+after the budget (seconds) is left out.
 """
 
 import argparse
@@ -43,7 +45,7 @@ from onlooker.node.published import build_published
 from onlooker.node.random_checkpoint import write_checkpoint
 from onlooker.node.split_kv import Row, SplitAttention, attend_rows
 from onlooker.node.verify import verify
-from onlooker.protocol.messages import Ask
+from onlooker.protocol.messages import Ask, AskChoice
 
 CUDA = torch.device("cuda")
 HISTORY = 28_500
@@ -178,10 +180,12 @@ def check_steps(report: Report) -> None:
             report.add(f"{family}: warm-up, s", time.monotonic() - began)
             steps = engine._scratch.steps
             report.add(f"{family}: steps captured", steps is not None)
+            engine._scratch.steps = None
+            plain = engine._rehearse()  # also after a capture that failed
+            report.add(f"{family}: plain steps are numbers", bool(plain.isfinite().all()))
             if steps is not None:
-                captured = torch.stack(engine._rehearse())
-                engine._scratch.steps = None
-                report.add(f"{family}: captured against not", _gap(captured, torch.stack(engine._rehearse())))
+                engine._scratch.steps = steps
+                report.add(f"{family}: captured against not", _gap(engine._rehearse(), plain))
 
 
 def check_gate(report: Report) -> None:
@@ -456,6 +460,67 @@ _BOUNDS: dict[tuple[vision.Segments, ...], Tensor] = {}
 # -------------------------------------------------------------------------------------------- the engine
 
 
+def check_start(report: Report, name: str) -> None:
+    """An engine as a node starts it, and the first work of every kind, during which nothing may be compiled."""
+    began = time.monotonic()
+    model = build_published(name, device=CUDA.type, dtype=torch.bfloat16)
+    engine = Engine(model)
+    report.add("start: model built, s", time.monotonic() - began)
+    _add_memory(report, "start: before the warm-up", engine)
+    began = time.monotonic()
+    engine.warm_up()
+    report.add("start: warm-up, s", time.monotonic() - began)
+    report.add("start: layers compiled", model.tower.before is not vision.before_attention)
+    report.add("start: steps captured", engine._scratch.steps is not None)
+    _add_memory(report, "start: after the warm-up", engine)
+    torch.compiler.set_stance("fail_on_recompile")
+    engine.start()
+    rng = np.random.default_rng(0)
+    for width, height, num in ((1920, 1080, 4), (448, 448, 2), (392, 224, 6), (640, 360, 1)):
+        stream = f"{width}x{height}, {num} frames"
+        engine.add_stream(StreamOptions(stream, chunk_frames=num, memory_bytes=1 << 30)).result()
+        for i in range(2):
+            frames = rng.integers(0, 256, (num, height, width, 3), dtype=np.uint8)
+            times = [(num * i + at) * 125_000_000 for at in range(num)]
+            chunk = Chunk(tuple(Picture(f, num * i + j, times[j], "media", times[j]) for j, f in enumerate(frames)))
+            _try_work(report, f"start: chunk {i} of {stream}", lambda s=stream, c=chunk: engine.encode(s, c))
+        for num_words in (1, 12, 40, 100):
+            ask = Ask(stream=stream, question="What? " * num_words, max_new_tokens=4)
+            _try_work(
+                report, f"start: question of {num_words} words", lambda a=ask: engine.ask(a, arrived=time.monotonic())
+            )
+    choice = AskChoice(stream=stream, question="What?", options=["yes", "no, not at all", "it is not known"])
+    _try_work(report, "start: choice", lambda: engine.ask_choice(choice, arrived=time.monotonic()))
+    asks = [Ask(stream=stream, question="Who?", max_new_tokens=8, temperature=0.7, top_p=0.9)] * 5
+    futures = [engine.ask(ask, arrived=time.monotonic()) for ask in asks]
+    for future in futures:
+        _try_work(report, "start: one of five sampled answers", lambda f=future: f)
+    counters = engine.question_counters()
+    report.add("start: answered, failed, traces", (counters.answered, counters.failed, counters.traces))
+    _add_memory(report, "start: at the end", engine)
+    report.add("start: the engine has ended", engine.close())
+    torch.compiler.set_stance("default")
+
+
+def _try_work(report: Report, name: str, submit: Callable[[], Any]) -> None:
+    began = time.perf_counter()
+    try:
+        submit().result(60)
+    except Exception as error:
+        report.add(f"{name}: FAILED", f"{type(error).__name__}: {str(error)[:300]}")
+    else:
+        report.add(f"{name}, ms", (time.perf_counter() - began) * 1e3)
+
+
+def _add_memory(report: Report, when: str, engine: Engine) -> None:
+    free, total = torch.cuda.mem_get_info()
+    known = engine._weights_bytes + engine._scratch.resident_bytes
+    report.add(f"{when}: weights and scratch, GB", known / 1e9)
+    report.add(f"{when}: allocated beyond them, GB", (torch.cuda.memory_allocated() - known) / 1e9)
+    report.add(f"{when}: reserved, GB", torch.cuda.memory_reserved() / 1e9)
+    report.add(f"{when}: used on the card, GB", (total - free) / 1e9)
+
+
 def time_engine(report: Report, model: VisionLanguageModel) -> None:
     """Chunks and questions through the engine's own thread, alone and at the same time."""
     engine = Engine(model)
@@ -522,11 +587,16 @@ def time_model(report: Report, bench: Bench) -> None:
     report.section("engine", lambda: time_engine(report, bench.model))
 
 
-def time_kernels(report: Report) -> None:
-    """What is new, compared with plain torch, then timed by itself."""
+def check_all(report: Report) -> None:
+    """What is new, compared with plain torch."""
     report.section("split_kv is right", lambda: check_split_kv(report))
     report.section("attend_recent is right", lambda: check_recent(report))
     report.section("captured steps are right", lambda: check_steps(report))
+    report.section("the exactness gate", lambda: check_gate(report))
+
+
+def time_kernels(report: Report) -> None:
+    """What is new, timed by itself."""
     for n in NUM_QUERIES:
         report.section(f"attention of {n} tokens alone", lambda n=n: time_attention(report, n))
     report.section("split-KV alone", lambda: time_split_kv(report))
@@ -534,7 +604,9 @@ def time_kernels(report: Report) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["kernels", "model", "gate"], help="a process each: one may break its GPU")
+    parser.add_argument(
+        "part", choices=["right", "start", "kernels", "model"], help="a process each: one may break its GPU"
+    )
     parser.add_argument("--model", default="qwen2.5-vl-3b")
     parser.add_argument("--budget", type=float, default=120.0)
     parser.add_argument("--json", type=Path)
@@ -543,12 +615,14 @@ def main() -> int:
     report = Report(args.json, args.budget)
     report.add("card", torch.cuda.get_device_name())
     report.add("versions", f"torch {torch.__version__}, transformers {transformers.__version__}")
-    if args.part == "kernels":
+    if args.part == "right":
+        check_all(report)
+    elif args.part == "start":
+        report.section("the start of an engine", lambda: check_start(report, args.model))
+    elif args.part == "kernels":
         time_kernels(report)
-    elif args.part == "model":
-        report.section("the model", lambda: time_model(report, Bench(report, args.model)))
     else:
-        report.section("the exactness gate", lambda: check_gate(report))
+        report.section("the model", lambda: time_model(report, Bench(report, args.model)))
     return 0
 
 
