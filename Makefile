@@ -36,7 +36,7 @@ launch: $(STAMP)
 
 # The page of `onlooker web`, as a browser shows it. Needs Chromium and its driver.
 screenshots: $(STAMP)
-	ONLOOKER_SCREENSHOTS=docs $(BIN)/python -m pytest tests/test_web_browser.py
+	SCREENSHOTS=docs $(BIN)/python -m pytest tests/test_web_browser.py
 
 clean:
 	rm -rf $(VENV) build dist typings *.egg-info .pytest_cache .ruff_cache .hypothesis

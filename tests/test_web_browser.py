@@ -1,7 +1,7 @@
 """The page of `onlooker web` in a real browser, with a real node that has the built-in model.
 
 Needs Chromium and its driver (Debian: apt install chromium chromium-driver). Screenshots go to the folder that
-ONLOOKER_SCREENSHOTS names, if it does.
+SCREENSHOTS names, if it does.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Screen:
 
     def keep(self, name: str) -> None:
         """Keep a screenshot of the whole page, where one is wanted."""
-        folder = os.environ.get("ONLOOKER_SCREENSHOTS")
+        folder = os.environ.get("SCREENSHOTS")
         if not folder:
             return
         # A window as high as the page: pictures beyond a window's edge come out shifted.
@@ -246,7 +246,7 @@ def screen(served: Served) -> Iterator[Screen]:
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("videos") / "story.mp4"
-    write_clip(make_plain_story(0, THINGS, show_s=2.0, split="test"), path, fps=8.0)
+    write_clip(make_plain_story(11, THINGS, show_s=2.0, split="test"), path, fps=8.0)
     return path
 
 
@@ -311,14 +311,15 @@ def test_the_answers_are_right(screen: Screen, story: Path, tmp_path: Path) -> N
     screen.wait("#head", "ready", START_S)
     play(screen, copied(story, tmp_path / "answers.mp4"), "fastest")
     screen.wait("#timeline", "remembered 48")
+    screen.ask("What have you seen so far, in order?")
     screen.ask("What was the first thing?")
     screen.ask("What do you see now?")
     screen.ask("What was the last thing?", OPTIONS)
-    until(lambda: len(cards(screen)) == 3, PATIENCE_S)
+    until(lambda: len(cards(screen)) == 4, PATIENCE_S)
     screen.keep("web_answer")
     if "untrained" in screen.text("#banner"):
         pytest.skip("the built-in model is untrained")
-    last, now, first = cards(screen)
+    last, now, first, _ = cards(screen)
     assert "a red circle" in first
     assert "a green triangle" in now
     assert max(THINGS, key=lambda thing: int(re.findall(rf"a {thing}\s+(\d+)%", last)[0])) == "green triangle"

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 HOLD_POLL_S = 0.05
 MAX_SHOWN_WIDTH = 640
 JPEG_QUALITY = 80
-SAMPLE_SEED = 7
-SAMPLE_S = 24.0
+SAMPLE_THINGS = ("red circle", "blue square", "green triangle", "yellow star")
+SAMPLE_SHOW_S = 3.0
+SAMPLE_SEED = 11  # a bright one
 MIB = 1 << 20
 
 PlayerState = Literal["opening", "playing", "paused", "ended", "failed"]
@@ -309,9 +310,9 @@ class Sources:
 
 
 def make_sample(path: str) -> str:
-    """Film a story of five things in turn to a file, for those who have no video at hand."""
+    """Film one thing after the other to a file, for those who have no video at hand."""
     from .scenes import write_clip
-    from .story import make_story
+    from .story import make_plain_story
 
-    write_clip(make_story(SAMPLE_SEED, split="test", duration_s=SAMPLE_S), path)
+    write_clip(make_plain_story(SAMPLE_SEED, SAMPLE_THINGS, show_s=SAMPLE_SHOW_S, split="test"), path)
     return path
