@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from checkpoints import FAMILIES, Checkpoints
 
 from onlooker.node import verify as verify_module
@@ -59,6 +60,12 @@ def test_bytes_that_are_miscounted_are_found(checkpoints: Checkpoints, monkeypat
 
 def test_a_value_that_is_no_number_does_not_pass():
     assert not Check("a promise", "a model", "a case", float("nan"), 1e-5).passed
+
+
+def test_a_difference_is_measured_by_the_largest_figure_once_that_is_over_one():
+    ones = torch.ones(3)
+    assert verify_module._distance(100 * ones + 1e-3, 100 * ones) == pytest.approx(1e-5, rel=0.01)
+    assert verify_module._distance(0.01 * ones + 1e-3, 0.01 * ones) == pytest.approx(1e-3, rel=0.01)
 
 
 def test_answers_that_differ_are_counted_and_found(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
