@@ -246,9 +246,14 @@ class Page:
     def _connect(self) -> None:
         shown = [self._seen, self._stream, self._as_of, self._mark_choice, *self._drawn.values()]
         self._timer.tick(
-            self._refresh, [self._seen, self._stream], shown, show_progress="hidden", concurrency_limit=None,
-            trigger_mode="once", api_visibility="private",
-        )  # fmt: skip
+            self._refresh,
+            [self._seen, self._stream],
+            shown,
+            show_progress="hidden",
+            concurrency_limit=None,
+            trigger_mode="once",
+            api_visibility="private",
+        )
         settings = [self._chunk, self._fps, self._size, self._memory_mib]
         on_source = [self._source_note, self._stream]
         _on(self._start.click, self._press_start, [self._stream, self._file, self._speed, *settings], on_source)
@@ -264,21 +269,34 @@ class Page:
         _on(self._mark.click, self._press_mark, [self._stream, self._mark_name], [self._mark_note, self._mark_name])
         _on(self._rollback.click, self._press_rollback, [self._stream, self._mark_choice], [self._mark_note])
         _on(self._delete.click, self._press_delete, [self._stream, self._mark_choice], [self._mark_note])
-        notes = [self._settings_note, self._ask_note, self._mark_note]
-        _on(self._stream.change, lambda: [""] * len(notes), [], notes)  # they were about another stream
+        # Notes and a mark of another stream mean nothing here.
+        of_one_stream = [self._settings_note, self._ask_note, self._mark_note, self._as_of]
+        _on(self._stream.change, lambda: ["", "", "", NOW], [], of_one_stream)
         _on(self._stream.input, lambda: "", [], [self._source_note])
         self._webcam.stream(
-            self._see, [self._webcam, *settings], on_source, stream_every=WEBCAM_EVERY_S, show_progress="hidden",
-            time_limit=None, concurrency_limit=1, api_visibility="private",
-        )  # fmt: skip
+            self._see,
+            [self._webcam, *settings],
+            on_source,
+            stream_every=WEBCAM_EVERY_S,
+            show_progress="hidden",
+            time_limit=None,
+            concurrency_limit=1,
+            api_visibility="private",
+        )
 
     def _connect_ask(self, event: Callable[..., Any]) -> None:
         """Empty the box once its question was taken, unless the next one is being written there already."""
         asked = [self._stream, self._question, self._options, self._as_of]
         taken = event(
-            self._press_ask, asked, [self._ask_note], js=_NOTE_ASKED, show_progress="hidden", concurrency_limit=None,
-            trigger_mode="multiple", api_visibility="private",
-        )  # fmt: skip
+            self._press_ask,
+            asked,
+            [self._ask_note],
+            js=_NOTE_ASKED,
+            show_progress="hidden",
+            concurrency_limit=None,
+            trigger_mode="multiple",
+            api_visibility="private",
+        )
         taken.then(None, [self._question, self._ask_note], [self._question], js=_EMPTY_ASKED, show_progress="hidden")
 
     @property
