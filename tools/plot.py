@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..protocol.errors import OnlookerError
+from .panel import Panel
 from .score import Count, Score, SettingScore
 
 if TYPE_CHECKING:
@@ -35,52 +37,96 @@ def check_plot(path: Path) -> None:
 def plot_lengths(score: Score, path: Path, title: str) -> None:
     """Draw the share of right answers against the number of chunks in the memory, by layout."""
     figure = _figure(9, 5)
-    axes = figure.subplots()
-    labels = [
-        f"{each.first}\n" if each.first == each.last else f"{each.first}\N{EN DASH}{each.last}\n"
-        for each in score.lengths
-    ]
-    layouts = list(score.by_layout)
-    for i, layout in enumerate(layouts):
-        counts = [each.by_layout.get(layout, Count(0, 0)) for each in score.lengths]
-        _draw_shares(axes, counts, layout, shift=0.12 * (i - (len(layouts) - 1) / 2))
-    _name_places(axes, [f"{label}n = {each.all.of}" for label, each in zip(labels, score.lengths, strict=True)])
-    axes.set_xlabel("chunks in the memory when the question was asked")
-    _finish_shares(axes)
+    lengths_panel(score).draw(figure.subplots())
     _save(figure, path, title)
 
 
 def plot_settings(rows: Sequence[SettingScore], path: Path, title: str) -> None:
     """Draw accuracy, memory, encoding and answering time of each setting."""
     figure = _figure(11, 8)
-    (accuracy, memory), (encoding, answering) = figure.subplots(2, 2)
-    by_layout = {layout: [row for row in rows if row.layout == layout] for layout in COLOURS}
-    by_layout = {layout: its for layout, its in by_layout.items() if its}
-    sizes = sorted({row.chunk_frames for row in rows})
-    for i, (layout, its) in enumerate(by_layout.items()):
-        shift = 0.12 * (i - (len(by_layout) - 1) / 2)
-        places = [sizes.index(row.chunk_frames) + shift for row in its]
-        _draw_shares(accuracy, [row.right for row in its], layout, shift=shift, places=places)
-        _draw_line(memory, places, [row.tokens for row in its], layout)
-        _draw_line(encoding, places, [row.encode_ms for row in its], layout)
-        _draw_line(answering, places, [row.answer_ms for row in its], layout, ", whole answer")
-        _draw_line(answering, places, [row.first_token_ms for row in its], layout, ", first token", dashed=True)
-    _finish_shares(accuracy)
+    for panel, axes in zip(settings_panels(rows), figure.subplots(2, 2).flat, strict=True):
+        panel.draw(axes)
+    _save(figure, path, title)
+
+
+def lengths_panel(score: Score) -> Panel:
+    """The share of right answers against the number of chunks in the memory, by layout."""
+    return Panel("Right answers by the length of the memory", partial(_draw_lengths, score))
+
+
+def settings_panels(rows: Sequence[SettingScore]) -> list[Panel]:
+    """Accuracy, memory, encoding and answering time of each setting."""
+    return [
+        Panel("Right answers", partial(_draw_accuracy, rows)),
+        Panel("Memory", partial(_draw_memory, rows)),
+        Panel("Encoding", partial(_draw_encoding, rows)),
+        Panel("Answering", partial(_draw_answering, rows)),
+    ]
+
+
+def _draw_lengths(score: Score, axes: Axes) -> None:
+    spans = [
+        str(each.first) if each.first == each.last else f"{each.first}\N{EN DASH}{each.last}" for each in score.lengths
+    ]
+    layouts = list(score.by_layout)
+    for i, layout in enumerate(layouts):
+        counts = [each.by_layout.get(layout, Count(0, 0)) for each in score.lengths]
+        _draw_shares(axes, counts, layout, [n + _shift(i, len(layouts)) for n in range(len(counts))])
+    _name_places(axes, [f"{span}\n{each.all.of}" for span, each in zip(spans, score.lengths, strict=True)])
+    axes.set_xlabel("chunks in the memory when the question was asked,\nand how many were asked then")
+    _finish_shares(axes)
+
+
+def _draw_accuracy(rows: Sequence[SettingScore], axes: Axes) -> None:
+    for layout, its, places in _lines(rows):
+        _draw_shares(axes, [row.right for row in its], layout, places)
+    _finish_shares(axes)
+    _name_sizes(axes, rows)
+
+
+def _draw_memory(rows: Sequence[SettingScore], axes: Axes) -> None:
+    for layout, its, places in _lines(rows):
+        _draw_line(axes, places, [row.tokens for row in its], layout)
     bytes_per_token = max(row.logical_bytes / row.tokens for row in rows)
-    memory.set_ylabel("tokens at the end of a stream")
-    right = memory.secondary_yaxis(
+    axes.set_ylabel("tokens at the end of a stream")
+    right = axes.secondary_yaxis(
         "right", functions=(lambda n: n * bytes_per_token / 1e6, lambda mb: mb * 1e6 / bytes_per_token)
     )
     right.set_ylabel("MB of keys and values")
-    encoding.set_ylabel("encoding, ms a frame")
-    answering.set_ylabel("answering, ms a question")
-    for axes in (accuracy, memory, encoding, answering):
-        _name_places(axes, [str(size) for size in sizes])
-        axes.set_xlabel("frames a chunk")
-    for axes in (memory, encoding, answering):
-        axes.set_ylim(bottom=0)
-        axes.legend(loc="best")
-    _save(figure, path, title)
+    _finish_amounts(axes, rows)
+
+
+def _draw_encoding(rows: Sequence[SettingScore], axes: Axes) -> None:
+    for layout, its, places in _lines(rows):
+        _draw_line(axes, places, [row.encode_ms for row in its], layout)
+    axes.set_ylabel("encoding, ms a frame")
+    _finish_amounts(axes, rows)
+
+
+def _draw_answering(rows: Sequence[SettingScore], axes: Axes) -> None:
+    for layout, its, places in _lines(rows):
+        _draw_line(axes, places, [row.answer_ms for row in its], layout, ", whole answer")
+        _draw_line(axes, places, [row.first_token_ms for row in its], layout, ", first token", dashed=True)
+    axes.set_ylabel("answering, ms a question")
+    _finish_amounts(axes, rows)
+
+
+def _lines(rows: Sequence[SettingScore]) -> Iterator[tuple[str, list[SettingScore], list[float]]]:
+    """Each layout with its rows and their places, which are a little beside those of the other layout."""
+    sizes = _sizes(rows)
+    layouts = [layout for layout in COLOURS if any(row.layout == layout for row in rows)]
+    for i, layout in enumerate(layouts):
+        its = [row for row in rows if row.layout == layout]
+        yield layout, its, [sizes.index(row.chunk_frames) + _shift(i, len(layouts)) for row in its]
+
+
+def _shift(i: int, num: int) -> float:
+    """How far the i-th of so many layouts stands beside its place, so that none hides another."""
+    return 0.12 * (i - (num - 1) / 2)
+
+
+def _sizes(rows: Sequence[SettingScore]) -> list[int]:
+    return sorted({row.chunk_frames for row in rows})
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -93,12 +139,9 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _draw_shares(
-    axes: Axes, counts: Sequence[Count], layout: str, *, shift: float, places: Sequence[float] | None = None
-) -> None:
+def _draw_shares(axes: Axes, counts: Sequence[Count], layout: str, places: Sequence[float]) -> None:
     """Shares in per cent with 95 % intervals; a place where nothing was asked is left out."""
-    at = [i + shift for i in range(len(counts))] if places is None else list(places)
-    known = [(x, count) for x, count in zip(at, counts, strict=True) if count.of]
+    known = [(x, count) for x, count in zip(places, counts, strict=True) if count.of]
     shares = [100 * count.share for _, count in known]
     ends = [wilson(count) for _, count in known]
     below = [share - 100 * low for share, (low, _) in zip(shares, ends, strict=True)]
@@ -132,6 +175,17 @@ def _finish_shares(axes: Axes) -> None:
     axes.set_ylabel("right answers, % (bars: 95 % interval)")
     axes.set_ylim(-3, 103)
     axes.legend(loc="best")
+
+
+def _finish_amounts(axes: Axes, rows: Sequence[SettingScore]) -> None:
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="best")
+    _name_sizes(axes, rows)
+
+
+def _name_sizes(axes: Axes, rows: Sequence[SettingScore]) -> None:
+    _name_places(axes, [str(size) for size in _sizes(rows)])
+    axes.set_xlabel("frames a chunk")
 
 
 def _name_places(axes: Axes, names: Sequence[str]) -> None:
