@@ -7,8 +7,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from onlooker.node.adapter import FAMILIES  # noqa: E402
+from onlooker.node.branch import Scratch  # noqa: E402
 from onlooker.node.chunk import Chunk, Picture  # noqa: E402
-from onlooker.node.engine import load_engine  # noqa: E402
+from onlooker.node.engine import Engine, load_engine  # noqa: E402
 from onlooker.node.model import load_model  # noqa: E402
 from onlooker.node.options import StreamOptions  # noqa: E402
 from onlooker.node.random_checkpoint import write_checkpoint  # noqa: E402
@@ -48,6 +49,41 @@ def test_a_bfloat16_stream_is_encoded_and_asked_about(family, tmp_path, rng):
         assert isinstance(vram.total_bytes, int) and vram.total_bytes > vram.weights_bytes > 0
     finally:
         assert engine.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_node_s_layers_are_compiled_and_its_steps_captured(dtype, tmp_path, caplog):
+    write_checkpoint(tmp_path, "qwen2_5_vl")
+    model = load_model(str(tmp_path), dtype=dtype, device="cuda")
+    engine = Engine(model, max_concurrent_questions=3, scratch_tokens=256)
+    plain = model.tower.before
+    try:
+        with caplog.at_level("WARNING"):
+            engine.warm_up("on")
+    finally:
+        torch.compiler.set_stance("default")
+        assert engine.close()
+    assert not caplog.records
+    assert model.tower.before is not plain
+    assert engine._scratch.steps is not None
+
+
+def test_a_step_that_would_wait_for_the_device_is_given_up_before_it_is_captured(tmp_path, caplog):
+    write_checkpoint(tmp_path, "qwen2_5_vl")
+    model = load_model(str(tmp_path), dtype="float32", device="cuda")
+    plain = model.language.after
+
+    def waiting(x, attended, weights):
+        return plain(x, attended, weights) * float(x.isfinite().all())
+
+    model.language.after = waiting
+    scratch = Scratch(model.kv_shape, 2, 256)
+    scratch.capture_steps(model)
+    assert scratch.steps is None
+    assert "synchronizing" in caplog.text
+    model.language.after = plain
+    scratch.capture_steps(model)
+    assert scratch.steps is not None
 
 
 @pytest.fixture
