@@ -1,18 +1,20 @@
 """Keys and values of many tokens in storage reserved once.
 
 Per layer one K and one V tensor, (capacity, kv_heads, head_dim), on that layer's device. Rows are written in
-place and never moved, so a reader may go on reading rows that lie below the length it saw, whatever is
-written above it.
+place, and moved by `gather` alone: until then a reader may go on reading rows that lie below the length it saw,
+whatever is written above it.
 """
 
 import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _FINGERPRINT_ROWS = 16
+_ROWS_AT_ONCE = 8192  # that are on their way while rows move: 4 MiB where a row of a layer has 512 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,31 @@ class Arena:
         assert stop <= self.capacity, (start, stop, self.capacity)
         self.keys[layer][start:stop].copy_(key.transpose(0, 1))
         self.values[layer][start:stop].copy_(value.transpose(0, 1))
+
+    @torch.inference_mode()
+    def gather(self, rows: np.ndarray, to: int) -> None:
+        """Move rows down in every layer: row `to + i` becomes what rows[i] holds.
+
+        rows (n,), int64, ascend, and none lies below its place. Works in place, by way of a small stage.
+        Raises torch.OutOfMemoryError before anything has moved.
+        """
+        assert to + len(rows) <= self.capacity and bool((rows >= np.arange(to, to + len(rows))).all()), (to, rows)
+        moves = {device: self._moves(rows, device) for device in dict.fromkeys(self.shape.layer_devices)}
+        for tensors in (self.keys, self.values):
+            for tensor, device in zip(tensors, self.shape.layer_devices, strict=True):
+                index, stage = moves[device]
+                for first in range(0, len(rows), _ROWS_AT_ONCE):
+                    some = index[first : first + _ROWS_AT_ONCE]
+                    staged = stage[: len(some)]
+                    # Later rows are read from no lower than their own places, which these never reach.
+                    torch.index_select(tensor, 0, some, out=staged)
+                    tensor[to + first : to + first + len(some)].copy_(staged)
+
+    def _moves(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where rows come from, and the stage that they go through."""
+        shape, num_staged = self.shape, min(len(rows), _ROWS_AT_ONCE)
+        stage = torch.empty(num_staged, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype, device=device)
+        return torch.from_numpy(rows).to(device), stage
 
     def logical_bytes(self, num_tokens: int) -> int:
         """Bytes of the first `num_tokens` rows over all layers, counted on the tensors themselves."""

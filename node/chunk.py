@@ -70,6 +70,7 @@ class Encoded:
     preprocess_ms: float
     vision_ms: float
     prefill_ms: float
+    num_forgotten_frames: int = 0  # by the memory to make room, since the chunk before this one was encoded
 
 
 class ChunkRefused(Exception):

@@ -33,7 +33,7 @@ from pydantic_settings import (
 
 from ..protocol.codec import check_stream_name
 from ..protocol.errors import DecodeError, ErrorCode, NodeError
-from ..protocol.messages import UNSET, StreamSpec
+from ..protocol.messages import UNSET, RetentionName, StreamSpec
 from ..protocol.sockets import (
     ASK_ENDPOINT,
     CONTROL_ENDPOINT,
@@ -229,6 +229,10 @@ class StreamDefaults(_Section):
     )
     memory_bytes: Bytes = Field(
         default=ByteSize(1 << 30), description="keys and values, reserved when the stream is added"
+    )
+    retention: RetentionName = Field(
+        default="stop",
+        description="when full: stop, reset (start over), window (keep the newest), thin (and ever less of older)",
     )
     ring_frames: Count = Field(
         default=64, description="frames that wait to be sampled; the oldest is dropped for a new one"

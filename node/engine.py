@@ -118,6 +118,8 @@ class Engine:
         self._meter = VramMeter(model.device)
         self._memories: dict[str, StreamMemory] = {}
         self._chunks: dict[str, deque[tuple[Chunk, Future[Encoded]]]] = {}
+        self._due: set[str] = set()  # streams that are to forget, for which no question begins until nobody reads them
+        self._stuck: set[str] = set()  # those of them whose next chunk waits for that, too
         self._max_running = max_concurrent_questions
         self._waiting: deque[_Question] = deque()
         self._running: list[_Question] = []
@@ -353,8 +355,9 @@ class Engine:
         while not self._inbox.empty():
             self._inbox.get()()
         self._drop_ended()
+        self._forget_unread()
         side = self._fairness.choose(
-            can_encode=any(self._chunks.values()), can_decode=bool(self._running) or self._can_begin
+            can_encode=self._can_encode, can_decode=bool(self._running) or self._next_waiting() is not None
         )
         if side is None:
             return False
@@ -402,6 +405,7 @@ class Engine:
         memory = self._memory(stream)
         self._cancel_reading(memory, 0, "the stream was removed")
         self._refuse_queued(stream, "removed", "the stream was removed")
+        self._is_not_due(stream)
         del self._memories[stream], self._chunks[stream]
         self._infos = {name: info for name, info in self._infos.items() if name != stream}
 
@@ -409,6 +413,7 @@ class Engine:
         memory = self._memory(stream)
         self._cancel_reading(memory, 0, "the memory was reset")
         self._refuse_queued(stream, "reset", "the memory was reset")
+        self._is_not_due(stream)
         memory.reset()
         return self._note(stream)
 
@@ -417,6 +422,7 @@ class Engine:
         mark = _mark_of(memory, stream, name)
         self._cancel_reading(memory, mark.num_tokens, f"the memory was rolled back to {name!r}")
         self._refuse_queued(stream, "reset", f"the memory was rolled back to {name!r}")
+        self._is_not_due(stream)
         memory.rollback(name)
         return self._note(stream)
 
@@ -457,9 +463,15 @@ class Engine:
         else:
             _fail(future, ChunkRefused("removed", f"there is no stream {stream!r}"))
 
+    @property
+    def _can_encode(self) -> bool:
+        return any(chunks and stream not in self._stuck for stream, chunks in self._chunks.items())
+
     def _encode_next(self) -> None:
         """Encode the next chunk; streams take turns."""
-        stream = next(name for name, chunks in self._chunks.items() if chunks)
+        stream = next(name for name, chunks in self._chunks.items() if chunks and name not in self._stuck)
+        if not self._may_append(stream, self._chunks[stream][0][0]):
+            return
         chunk, future = self._chunks[stream].popleft()
         self._chunks[stream] = self._chunks.pop(stream)  # to the end of the line
         if not future.set_running_or_notify_cancel():
@@ -478,6 +490,40 @@ class Engine:
             self._note(stream)
             future.set_result(encoded)
 
+    def _may_append(self, stream: str, chunk: Chunk) -> bool:
+        """Forget in time for a chunk, or note that it is due while the memory is read. False if the chunk must wait.
+
+        Rows may move only while no answer reads them. Answers that run are done soon; new ones wait for that, and
+        chunks go on as long as there is room.
+        """
+        memory = self._memories[stream]
+        if not self._is_read(memory):
+            if memory.should_forget:
+                memory.forget()
+            return True
+        if memory.should_forget:
+            self._due.add(stream)
+        if memory.must_forget(chunk):
+            self._due.add(stream)
+            self._stuck.add(stream)
+        return stream not in self._stuck
+
+    def _forget_unread(self) -> None:
+        """Forget where it is due and nobody reads any more."""
+        for stream in [stream for stream in self._due if not self._is_read(self._memories[stream])]:
+            self._is_not_due(stream)
+            memory = self._memories[stream]
+            if memory.should_forget:
+                memory.forget()
+                self._note(stream)
+
+    def _is_not_due(self, stream: str) -> None:
+        self._due.discard(stream)
+        self._stuck.discard(stream)
+
+    def _is_read(self, memory: StreamMemory) -> bool:
+        return any(question.branch is not None and question.branch.memory is memory for question in self._running)
+
     def _refuse_queued(self, stream: str, reason: str, message: str) -> None:
         chunks = self._chunks[stream]
         while chunks:
@@ -485,9 +531,11 @@ class Engine:
 
     # ----------------------------------------------------------------------------------- questions
 
-    @property
-    def _can_begin(self) -> bool:
-        return bool(self._waiting) and self._scratch.num_free > 0
+    def _next_waiting(self) -> _Question | None:
+        """The question to begin next: the first whose stream need not forget before."""
+        if not self._scratch.num_free:
+            return None
+        return next((question for question in self._waiting if question.request.stream not in self._due), None)
 
     def _admit(self, question: _Question) -> None:
         """Take a question in, or refuse it at once."""
@@ -504,9 +552,11 @@ class Engine:
 
     def _answer_next(self) -> None:
         """Begin a question, or take a step with those that run; new ones can't hold those up for long."""
-        if self._can_begin and not (self._running and self._num_begun >= self._max_running):
+        question = self._next_waiting()
+        if question is not None and not (self._running and self._num_begun >= self._max_running):
             self._num_begun += 1
-            self._begin(self._waiting.popleft())
+            self._waiting.remove(question)
+            self._begin(question)
         else:
             self._num_begun = 0
             self._decode_step()
@@ -644,6 +694,8 @@ def _snapshot(memory: StreamMemory, request: Ask | AskChoice) -> Snapshot:
     """The point of the memory that a question is about. Raises NodeError UNKNOWN_MARK or NO_FRAMES."""
     stream, as_of = request.stream, request.as_of
     snapshot = memory.now if as_of is UNSET else _mark_of(memory, stream, as_of)
+    if snapshot.num_frames == 0 and as_of is not UNSET and snapshot.forgotten.num_frames:
+        raise NodeError(ErrorCode.NO_FRAMES, f"all of {stream!r} up to {as_of!r} was forgotten to make room")
     if snapshot.num_frames == 0:
         raise NodeError(ErrorCode.NO_FRAMES, f"nothing of {stream!r} is in the memory yet", retry_after_ms=500)
     return snapshot

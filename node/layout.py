@@ -138,6 +138,10 @@ class Layout(ABC):
         """The tokens of one more chunk, and the state after it."""
 
     @abstractmethod
+    def num_anchor(self, patches: Patches) -> int:
+        """How many tokens of the first chunk of a prompt open it, so that it is no prompt without them."""
+
+    @abstractmethod
     def question(self, state: LayoutState, text: str) -> Span:
         """What a branch appends to ask: the closing of the stream, the question, the assistant's header."""
 
@@ -154,6 +158,9 @@ class Layout(ABC):
         writer.text(self._form.tokenize_plain(text))
         self._template(writer, "<|im_end|>\n<|im_start|>assistant\n")
         return writer.span()
+
+    def _num_tokens(self, text: str) -> int:
+        return len(self._form.tokenize(text))
 
     def _closed(self, writer: _Writer, patches: Patches) -> None:
         """A chunk whose vision blocks are closed at once."""
@@ -204,6 +211,11 @@ class NativeLayout(Layout):
             video = self._continue(writer, state.video, patches)
         return writer.span(), LayoutState(writer.next_position, video, is_empty=False)
 
+    def num_anchor(self, patches: Patches) -> int:
+        if patches.is_image or self._form.style == "stamped":
+            return self._num_tokens(self._opening)
+        return self._num_tokens(self._opening) + self._num_tokens("<|vision_start|>")
+
     def question(self, state: LayoutState, text: str) -> Span:
         writer = _Writer(state.next_position)
         self._close(writer, state.video)
@@ -234,6 +246,9 @@ class TurnsLayout(Layout):
         self._closed(writer, patches)
         self._template(writer, "<|im_end|>\n")
         return writer.span(), LayoutState(writer.next_position, is_empty=False)
+
+    def num_anchor(self, patches: Patches) -> int:
+        return self._num_tokens(self._turn(LayoutState()))
 
     def question(self, state: LayoutState, text: str) -> Span:
         return self._ask(_Writer(state.next_position), self._turn(state), text)

@@ -2,27 +2,34 @@
 
 import logging
 
+import numpy as np
 import torch
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
-from ..protocol.messages import CacheInfo
+from ..protocol.messages import CacheInfo, or_unset
 from .arena import Arena, Extent
 from .chunk import Chunk, ChunkRefused, Encoded
-from .layout import LAYOUTS, Patches
-from .ledger import Ledger, Snapshot
+from .layout import LAYOUTS, LayoutState, Patches, Span
+from .ledger import ChunkRecord, Ledger, Snapshot
 from .model import VisionLanguageModel
 from .options import StreamOptions
 from .passes import Prefill
 from .preprocess import encode_size
+from .retention import POLICIES
 
 logger = logging.getLogger(__name__)
 
+_SLACK_SHARE = 16  # a memory that forgets keeps a 16th free, so that chunks need not wait for those who read it
+_FREED_SHARE = 8  # and frees an 8th at a time, so that rows move seldom
+
 
 class StreamMemory:
-    """Grows by whole chunks. What lies below a length never changes until the memory is cut back below it.
+    """Grows by whole chunks. What lies below a length never changes until the memory is cut back or forgets.
 
     A chunk is written to rows that nobody reads yet and counts only once all layers have it: whatever fails
-    on the way leaves the memory as it was.
+    on the way leaves the memory as it was, less what was forgotten for it. Forgetting, by `forget` or for a chunk
+    that needs room, moves the chunks that stay down to the chunks before them: their keys and values keep their bits
+    and their positions, and nobody may be reading meanwhile.
     """
 
     def __init__(self, model: VisionLanguageModel, options: StreamOptions) -> None:
@@ -35,7 +42,10 @@ class StreamMemory:
         self.options = options
         self.layout = LAYOUTS[options.layout](model.format)
         self.ledger = Ledger()
+        self._retention = POLICIES[options.retention]
         self._is_full = False
+        self._is_put_off = False
+        self._num_forgotten_frames = 0  # not told yet with a chunk
         self._model = model
         self._arena = _reserve(model, capacity)
 
@@ -52,14 +62,14 @@ class StreamMemory:
         return self._arena.fingerprint(snapshot.num_tokens)
 
     def append(self, chunk: Chunk) -> Encoded:
-        """Encode a chunk into the memory, or raise ChunkRefused and leave the memory as it was."""
-        model, now = self._model, self.now
+        """Encode a chunk into the memory, which may forget others for it, or raise ChunkRefused."""
+        model = self._model
         size = self._encode_size(chunk)
         patches = _patches(chunk, model.geometry.grid(size))
-        # Before anything of that size is made: a tiny picture may be asked for at an enormous size.
-        self._check_room(patches.num_tokens, now.layout.next_position)
-        span, layout = self.layout.extend(now.layout, patches)
-        self._check_room(len(span), span.next_position)
+        span, layout, must_forget = self._plan(patches)
+        if must_forget:
+            self._make_room(len(span))
+        now = self.now
         try:
             times = model.encode(
                 [picture.pixels for picture in chunk.pictures],
@@ -68,21 +78,40 @@ class StreamMemory:
                 Prefill([self._arena.extent(0, now.num_tokens)], (self._arena, now.num_tokens)),
             )
         except torch.OutOfMemoryError as error:
-            error.__traceback__ = None  # its frames hold the activations that must go
-            _release_cached(model.device)
-            raise ChunkRefused("out_of_memory", f"no device memory for {len(span)} tokens: {error}") from error
-        self.ledger.append(chunk, len(span), layout)
-        self._is_full = False
-        return Encoded(len(span), size, times.preprocess_ms, times.vision_ms, times.prefill_ms)
+            raise self._out_of_memory(error, f"{len(span)} tokens") from error
+        num_anchor = self.layout.num_anchor(patches) if now.layout.is_empty else 0
+        self.ledger.append(chunk, len(span), layout, num_anchor)
+        self._is_full = self._is_put_off = False
+        num_forgotten, self._num_forgotten_frames = self._num_forgotten_frames, 0
+        return Encoded(len(span), size, times.preprocess_ms, times.vision_ms, times.prefill_ms, num_forgotten)
+
+    def _plan(self, patches: Patches) -> tuple[Span, LayoutState, bool]:
+        """The tokens of a chunk, the layout after it, and whether others must be forgotten for it.
+
+        Raises ChunkRefused if the memory cannot hold it even so.
+        """
+        state, must_forget = self.now.layout, False
+        span, layout = self._span(patches, state)
+        if len(span) > self._room or span.next_position > self._model.max_positions:
+            must_forget = True
+            if self._retention.starts_over:
+                span, layout = self._span(patches, LayoutState())
+        return span, layout, must_forget
+
+    def _span(self, patches: Patches, state: LayoutState) -> tuple[Span, LayoutState]:
+        """The tokens of a chunk after a state, and the layout then. Raises ChunkRefused if they can never have room."""
+        # Before anything of that size is made: a tiny picture may be asked for at an enormous size.
+        self._check_room(patches.num_tokens, state.next_position, state)
+        span, layout = self.layout.extend(state, patches)
+        self._check_room(len(span), span.next_position, state)
+        return span, layout
 
     def info(self) -> CacheInfo:
         """The memory in figures, measured on its tensors."""
         now, model = self.now, self._model
-        capacity, seconds = self._arena.capacity, now.seconds
-        tokens_per_s = now.num_tokens / seconds if seconds else 0.0
         return CacheInfo(
             num_tokens=now.num_tokens,
-            capacity_tokens=capacity,
+            capacity_tokens=self._arena.capacity,
             logical_bytes=self._arena.logical_bytes(now.num_tokens),
             resident_bytes=self._arena.resident_bytes,
             bytes_per_token=model.kv_shape.bytes_per_token,
@@ -91,13 +120,94 @@ class StreamMemory:
             num_padded_frames=now.num_padded,
             positions_used=now.layout.next_position,
             positions_left=max(0, model.max_positions - now.layout.next_position),
-            seconds=UNSET if seconds is None else seconds,
-            oldest_ns=UNSET if now.oldest_ns is None else now.oldest_ns,
-            newest_ns=UNSET if now.newest_ns is None else now.newest_ns,
-            newest_seq=UNSET if now.newest_seq is None else now.newest_seq,
-            seconds_until_full=(capacity - now.num_tokens) / tokens_per_s if tokens_per_s else UNSET,
+            seconds=or_unset(now.seconds),
+            oldest_ns=or_unset(now.oldest_ns),
+            newest_ns=or_unset(now.newest_ns),
+            newest_seq=or_unset(now.newest_seq),
+            seconds_until_full=self._seconds_until_full(),
             full=self._is_full,
+            whole_from_ns=or_unset(now.whole_from_ns),
+            num_forgotten_chunks=now.forgotten.num_chunks,
+            num_forgotten_frames=now.forgotten.num_frames,
+            seconds_forgotten=now.forgotten.elapsed_ns / 1e9,
         )
+
+    def _seconds_until_full(self) -> float | UnsetType:
+        """At the present rate of tokens; a memory that forgets for them ends with the model's positions alone."""
+        now = self.now
+        if self._retention.forgets and not self._retention.starts_over:
+            used, left = now.layout.next_position, self._model.max_positions - now.layout.next_position
+        else:
+            used, left = now.num_tokens, self._arena.capacity - now.num_tokens
+        seconds = (now.until_stream_ns - now.began_stream_ns) / 1e9
+        return max(0, left) * seconds / used if now.num_frames and seconds else UNSET
+
+    # Forgetting
+
+    def must_forget(self, chunk: Chunk) -> bool:
+        """Whether `append` of this chunk would forget others, and so must not come while somebody reads."""
+        if not self._retention.forgets:
+            return False
+        try:
+            size = self._encode_size(chunk)
+            return self._plan(_patches(chunk, self._model.geometry.grid(size)))[2]
+        except ChunkRefused:
+            return False
+
+    @property
+    def should_forget(self) -> bool:
+        """Whether room runs short, so that it is time to `forget` while no chunk waits for it."""
+        retention, num_newest = self._retention, self.ledger.num_newest_tokens
+        if not retention.forgets or retention.starts_over or self._is_put_off or self.now.num_chunks < 2:
+            return False
+        capacity, slack = self._arena.capacity, self._slack
+        return (
+            self._room < slack and self.now.num_anchor + num_newest + max(slack, capacity // _FREED_SHARE) <= capacity
+        )
+
+    @property
+    def _slack(self) -> int:
+        """Rows to have free at any time: for the next chunk, unless chunks are giants."""
+        capacity = self._arena.capacity
+        return max(capacity // _SLACK_SHARE, min(self.ledger.num_newest_tokens, capacity // 4))
+
+    def forget(self) -> None:
+        """Forget as the stream's policy says, so that the room lasts for a while. Nobody may be reading.
+
+        If the device has no memory even for moving rows, it is put off until the next chunk was encoded, and logged.
+        """
+        try:
+            self._forget(max(self._slack, self._arena.capacity // _FREED_SHARE))
+        except torch.OutOfMemoryError as error:
+            logger.warning("stream %s: %s", self.options.name, self._out_of_memory(error, "moving rows"))
+            self._is_put_off = True
+
+    def _make_room(self, num_tokens: int) -> None:
+        """Forget for the tokens of a chunk, which the memory can hold."""
+        try:
+            self._forget(max(num_tokens, self._arena.capacity // _FREED_SHARE))
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(error, "moving rows") from error
+
+    def _forget(self, num_free: int) -> None:
+        """Forget until so many rows are free, or all but the anchor are."""
+        num_frames = self.now.num_frames
+        if self._retention.starts_over:
+            self.ledger.start_over()
+        else:
+            num_anchor, records = self.now.num_anchor, self.ledger.records
+            max_tokens = max(0, self._arena.capacity - num_anchor - num_free)
+            keep = self._retention.keep(records, max_tokens)
+            self._arena.gather(*_moved([records[place] for place in keep], num_anchor))
+            self.ledger.forget(keep)
+        self._num_forgotten_frames += num_frames - self.now.num_frames
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError, what: str) -> ChunkRefused:
+        error.__traceback__ = None  # its frames hold the activations that must go
+        _release_cached(self._model.device)
+        return ChunkRefused("out_of_memory", f"no device memory for {what}: {error}")
+
+    # Marks
 
     def mark(self, name: str) -> Snapshot:
         return self.ledger.mark(name)
@@ -124,13 +234,21 @@ class StreamMemory:
         except ValueError as error:
             raise ChunkRefused("encode_error", str(error)) from error
 
-    def _check_room(self, num_tokens: int, next_position: int) -> None:
-        room = self._arena.capacity - self.now.num_tokens
+    @property
+    def _room(self) -> int:
+        return self._arena.capacity - self.now.num_tokens
+
+    def _check_room(self, num_tokens: int, next_position: int, state: LayoutState) -> None:
+        """Raise ChunkRefused for what does not fit after a state, forget what one may."""
+        retention, capacity, room = self._retention, self._arena.capacity, self._room
+        if retention.forgets:
+            room = capacity if retention.starts_over else capacity - self.now.num_anchor
         if num_tokens > room:
             # One frame far larger than those before it, or than the whole memory, says nothing about the next.
             self._is_full = num_tokens < 2 * self.ledger.num_newest_tokens
             raise ChunkRefused("memory_full", f"a chunk of {num_tokens} tokens does not fit, {room} are left")
-        if next_position > self._model.max_positions:
+        can_start_over = retention.starts_over and not state.is_empty
+        if next_position > self._model.max_positions and not can_start_over:
             self._is_full = True
             raise ChunkRefused("memory_full", f"position {next_position} is past {self._model.max_positions}")
 
@@ -147,6 +265,14 @@ def _reserve(model: VisionLanguageModel, capacity: int) -> Arena:
 def _release_cached(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _moved(records: list[ChunkRecord], to: int) -> tuple[np.ndarray, int]:
+    """Rows of records that are to follow each other from row `to` on, and where the first goes that must move."""
+    while records and records[0].first_token == to:
+        to += records.pop(0).num_tokens
+    rows = [np.arange(record.first_token, record.first_token + record.num_tokens) for record in records]
+    return np.concatenate([np.empty(0, np.int64), *rows]), to
 
 
 def _patches(chunk: Chunk, grid: tuple[int, int]) -> Patches:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ..protocol.messages import RetentionName
 from .chunk import CHUNK_FRAMES
+from .retention import POLICIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class StreamOptions:
     max_pixels: int | None = None
     encode_size: tuple[int, int] | None = None  # width, height; wins over the pixel bounds
     memory_bytes: int = 1 << 30
+    retention: RetentionName = "stop"
     ring_frames: int = 64
     ring_bytes: int = 256 << 20
 
@@ -34,6 +37,8 @@ class StreamOptions:
             raise ValueError(f"chunk_frames must be one of {CHUNK_FRAMES}, got {self.chunk_frames}")
         if self.layout not in ("native", "turns"):
             raise ValueError(f"layout must be native or turns, got {self.layout!r}")
+        if self.retention not in POLICIES:
+            raise ValueError(f"retention must be one of {', '.join(POLICIES)}, got {self.retention!r}")
         for field in ("stride", "memory_bytes", "ring_frames", "ring_bytes", "min_pixels", "max_pixels"):
             value = getattr(self, field)
             if value is not None and value < 1:

@@ -106,6 +106,7 @@ class StreamIntake:
         self._num_kept = 0
         self._num_encoded = 0
         self._num_padded = 0
+        self._num_forgotten = 0
         self._num_in_flight = 0
         self._chunks_in_flight = 0
         self._dropped: Counter[str] = Counter()
@@ -266,6 +267,7 @@ class StreamIntake:
     def _count_encoded(self, chunk: Chunk, encoded: Encoded, done_ns: int) -> None:
         self._num_encoded += chunk.num_frames
         self._num_padded += chunk.num_padded
+        self._num_forgotten += encoded.num_forgotten_frames
         self._encoded_rate.add(self._now(), chunk.num_frames)
         self._encoded_size = encoded.encoded_size
         self._recent.append((chunk.decode_ms, encoded))
@@ -335,6 +337,7 @@ class StreamIntake:
             padded=self._num_padded,
             dropped=dict(self._dropped),
             gaps=self._gate.gaps,
+            forgotten=self._num_forgotten,
             last_seq=_or_unset(self._gate.last_seq),
             last_session=_or_unset(self._gate.session),
         )
@@ -354,6 +357,7 @@ class StreamIntake:
                 state=self._state(now, is_full=cache.full),
                 layout=self.options.layout,
                 chunk_frames=self.options.chunk_frames,
+                retention=self.options.retention,
                 received_size=self._received_size,
                 encoded_size=self._encoded_size,
                 fps_received=_or_unset(self._received_rate.per_second(now)),

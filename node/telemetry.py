@@ -1,12 +1,13 @@
 """Tells those who watch: who the node is, how it does once a period, and what changed as it happens."""
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import zmq
@@ -35,7 +36,22 @@ STATE_EVENTS = {
     "full": ("memory_full", "the memory is full: new frames are dropped, answers go on"),
     "ended": ("stream_ended", "the publisher said that no more frames follow"),
 }
+FORGOT_MESSAGES = {
+    "reset": "the memory was full and has started over",
+    "others": "older frames were forgotten to make room",
+}
+FORGOT_PERIOD_S = 10.0  # between two events of one stream
 _WARNED = frozenset({"memory_full", "stream_offline", "request_failed", "trace_left"})
+
+
+class _Forgot(NamedTuple):
+    """What was told of a stream's forgetting, and when."""
+
+    num_frames: int
+    at: float  # time.monotonic() seconds
+
+
+_NOTHING_FORGOT = _Forgot(0, -math.inf)
 
 
 class Announce(Protocol):
@@ -56,6 +72,7 @@ class Telemetry:
         self._look_s = min(period_s, MAX_LOOK_S)
         self._seqs: Counter[bytes] = Counter()
         self._streams: dict[str, StreamStats] = {}
+        self._forgot: dict[str, _Forgot] = {}
         self._has_greeted = False
         self._outbox: Outbox[Callable[[], None]] = Outbox()
         self._is_stopping = False
@@ -162,6 +179,7 @@ class Telemetry:
             self._announce_changes(before, stats)
         for gone in self._streams.keys() - streams.keys():
             self._seqs.pop(telemetry_topic("stream", self._node, gone), None)
+            self._forgot.pop(gone, None)
         self._streams = streams
 
     def _announce_changes(self, before: StreamStats | None, stats: StreamStats) -> None:
@@ -172,6 +190,19 @@ class Telemetry:
         if stats.state != (before.state if before else "waiting"):
             kind, message = STATE_EVENTS[stats.state]
             self.announce(kind, message, stream=stats.stream)
+        self._announce_forgotten(stats)
+
+    def _announce_forgotten(self, stats: StreamStats) -> None:
+        """Tell how many frames were forgotten since it was told last, which a small memory does all the time."""
+        told, now = self._forgot.get(stats.stream, _NOTHING_FORGOT), time.monotonic()
+        num_frames = stats.frames.forgotten - told.num_frames
+        if num_frames == 0 or now < told.at + FORGOT_PERIOD_S:
+            return
+        self._forgot[stats.stream] = _Forgot(stats.frames.forgotten, now)
+        details = {"retention": stats.retention, "num_frames": num_frames}
+        known = {} if stats.cache.oldest_ns is UNSET else {"oldest_ns": stats.cache.oldest_ns}
+        message = FORGOT_MESSAGES["reset" if stats.retention == "reset" else "others"]
+        self.announce("forgot", message, stream=stats.stream, **details, **known)
 
     def _publish(self, kind: str, record: msgspec.Struct, stream: str | None = None) -> None:
         topic = telemetry_topic(kind, self._node, stream)
@@ -186,6 +217,7 @@ def _condition(stats: StreamStats) -> tuple[object, ...]:
         stats.received_size,
         stats.encoded_size,
         stats.cache.num_chunks,
+        stats.frames.forgotten,
         stats.cache.full,
         stats.frames.last_session,
     )

@@ -32,6 +32,7 @@ SidePixels = Annotated[int, Meta(ge=1, le=16384)]
 Count = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 RateHz = Annotated[float, Meta(gt=0, le=1e6)]
 TimeKind = Literal["capture", "publish", "receive", "media"]
+RetentionName = Literal["stop", "reset", "window", "thin"]  # what a full memory does
 
 # ROS 2 sensor_msgs and Foxglove names.
 COMPRESSED_ENCODINGS = frozenset({"jpeg", "png"})
@@ -152,6 +153,10 @@ class Provenance(Message, frozen=True, kw_only=True):
     seconds: float | UnsetType = UNSET  # between the two on the stream's own clock, which never runs backwards
     until_seq: int
     ts_kind: TimeKind
+    whole_from_ns: int | UnsetType = UNSET  # nothing was forgotten since; absent if the newest part was
+    num_forgotten_chunks: int = 0  # of those encoded up to here, to make room
+    num_forgotten_frames: int = 0
+    seconds_forgotten: float = 0.0
     fingerprint_before: str
     fingerprint_after: str
     unchanged: bool
@@ -252,6 +257,7 @@ class StreamSpec(Message, frozen=True, kw_only=True):
     encode_width: SidePixels | UnsetType = UNSET  # explicit encode size, pixels
     encode_height: SidePixels | UnsetType = UNSET
     memory_bytes: Count | UnsetType = UNSET
+    retention: RetentionName | UnsetType = UNSET
 
 
 # ---------------------------------------------------------------------- control: replies and telemetry
@@ -295,6 +301,10 @@ class CacheInfo(Message, frozen=True, kw_only=True):
     newest_seq: int | UnsetType = UNSET
     seconds_until_full: float | UnsetType = UNSET  # at the present rate of tokens
     full: bool = False
+    whole_from_ns: int | UnsetType = UNSET  # nothing was forgotten since; absent if the newest part was
+    num_forgotten_chunks: int = 0  # to make room, since the memory began or was reset
+    num_forgotten_frames: int = 0
+    seconds_forgotten: float = 0.0
 
 
 class FrameCounters(Message, frozen=True, kw_only=True):
@@ -311,6 +321,7 @@ class FrameCounters(Message, frozen=True, kw_only=True):
     padded: int  # copies of a last frame that filled a chunk at the end of a stream
     dropped: dict[str, int]
     gaps: int  # sequence numbers that never arrived
+    forgotten: int = 0  # of the encoded ones, by the stream's retention to make room for others
     last_seq: int | UnsetType = UNSET
     last_session: str | UnsetType = UNSET  # of the publisher that sent `last_seq`
 
@@ -333,6 +344,7 @@ class StreamStats(Message, frozen=True, kw_only=True):
     state: Literal["waiting", "online", "offline", "paused", "full", "ended"]
     layout: str
     chunk_frames: int
+    retention: str | UnsetType = UNSET  # what a full memory does: see StreamSpec
     received_size: tuple[int, int] | UnsetType = UNSET  # width, height
     encoded_size: tuple[int, int] | UnsetType = UNSET
     fps_received: float | UnsetType = UNSET

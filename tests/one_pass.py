@@ -42,8 +42,11 @@ class OnePass:
         return Prompt(spans, seen)
 
     @torch.inference_mode()
-    def logits(self, prompt: "Prompt", continuation: Sequence[int] = ()) -> Tensor:
-        """Logits (n, vocabulary) after the prompt's last token and after each of the continuation."""
+    def logits(self, prompt: "Prompt", continuation: Sequence[int] = (), visible: np.ndarray | None = None) -> Tensor:
+        """Logits (n, vocabulary) after the prompt's last token and after each of the continuation.
+
+        visible (tokens, tokens), bool: what each token sees, if not all before it.
+        """
         core = self._model.model
         last = prompt.spans[-1].next_position
         own = np.arange(last, last + len(continuation))
@@ -55,12 +58,15 @@ class OnePass:
         embeds = core.get_input_embeddings()(torch.from_numpy(ids))[None]
         mask = torch.from_numpy(visual)[None]
         extra = {}
+        if visible is not None:
+            hidden_ones = torch.from_numpy(~visible)[None, None]
+            extra["attention_mask"] = torch.zeros(hidden_ones.shape).masked_fill(hidden_ones, -torch.inf)
         if prompt.seen:
             embeds = embeds.masked_scatter(mask[..., None], torch.cat([out.pooler_output for out in prompt.seen]))
             deepstack = [getattr(out, "deepstack_features", None) for out in prompt.seen]
             if deepstack[0]:
                 features = [torch.cat(layer) for layer in zip(*deepstack, strict=True)]
-                extra = {"visual_pos_masks": mask, "deepstack_visual_embeds": features}
+                extra |= {"visual_pos_masks": mask, "deepstack_visual_embeds": features}
         hidden = core.language_model(
             inputs_embeds=embeds, position_ids=torch.from_numpy(positions)[:, None], use_cache=False, **extra
         ).last_hidden_state[0]

@@ -27,7 +27,8 @@ DROPPED = tuple(DropReason)[5:]
 # PROTOCOL.md, "Event kinds".
 EVENT_KINDS = (
     *("stream_added", "stream_removed", "stream_waiting", "stream_online", "stream_offline", "stream_paused"),
-    *("stream_ended", "memory_full", "publisher_restarted", "reset", "rolled_back", "trace_left", "request_failed"),
+    *("stream_ended", "memory_full", "forgot", "publisher_restarted", "reset", "rolled_back", "trace_left"),
+    "request_failed",
 )
 
 

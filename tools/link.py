@@ -13,7 +13,7 @@ from ..protocol.camera import FramePublisher
 from ..protocol.client import NodeClient
 from ..protocol.errors import ErrorCode, NodeError, NoReplyError
 from ..protocol.interface import VideoMemory
-from ..protocol.messages import StreamSpec, StreamStats
+from ..protocol.messages import RetentionName, StreamSpec, StreamStats, or_unset
 from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT, FRAMES_ENDPOINT
 from .connection import Keys, NoNodeError, check_keys, open_client, wait_ready
 from .quantity import bytes_text
@@ -113,9 +113,9 @@ class Link:
             raise NoSubscriberError(publisher.stream, publisher.endpoint, self.timeout_s)
 
 
-def add_stream(node: NodeClient, stream: str) -> StreamStats:
+def add_stream(node: NodeClient, stream: str, retention: RetentionName | None = None) -> StreamStats:
     """Add a stream to a node, and say what it is like there. Raises the errors of the client."""
-    node.add_stream(StreamSpec(stream=stream))
+    node.add_stream(StreamSpec(stream=stream, retention=or_unset(retention)))
     return stats_of(node, stream)
 
 

@@ -14,7 +14,7 @@ import msgspec
 import typer
 
 from ..protocol.client import NodeClient
-from ..protocol.messages import CacheInfo, Mark, StreamStats
+from ..protocol.messages import CacheInfo, Mark, RetentionName, StreamStats
 from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT
 from .connection import (
     ClientKeyOption,
@@ -92,9 +92,16 @@ def streams(client: NodeClient, is_json: JsonOption = False) -> None:
 
 
 @of_node
-def add(client: NodeClient, stream: StreamArgument, is_json: JsonOption = False) -> None:
+def add(
+    client: NodeClient,
+    stream: StreamArgument,
+    retention: Annotated[
+        RetentionName | None, typer.Option(help="What a full memory does; without it, what the node's settings say.")
+    ] = None,
+    is_json: JsonOption = False,
+) -> None:
     """Add a stream to a node, which reserves its memory."""
-    stats = add_stream(client, stream)
+    stats = add_stream(client, stream, retention)
     _print(is_json, stats, added_text(stats))
 
 

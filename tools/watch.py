@@ -240,6 +240,8 @@ def _memory(cache: CacheInfo, fills: bool) -> RenderableType:
     text += f"{bytes_text(cache.logical_bytes)} of {bytes_text(cache.resident_bytes)}, {cache.num_frames} frames"
     if cache.seconds is not UNSET:
         text += f" of {seconds_text(cache.seconds)}"
+    if cache.num_forgotten_frames:
+        text += f", {cache.num_forgotten_frames} forgotten"
     if cache.full:
         text += ", full"
     elif fills and cache.seconds_until_full is not UNSET:
