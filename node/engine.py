@@ -118,8 +118,7 @@ class Engine:
         self._meter = VramMeter(model.device)
         self._memories: dict[str, StreamMemory] = {}
         self._chunks: dict[str, deque[tuple[Chunk, Future[Encoded]]]] = {}
-        self._due: set[str] = set()  # streams that are to forget, for which no question begins until nobody reads them
-        self._stuck: set[str] = set()  # those of them whose next chunk waits for that, too
+        self._pinned: set[str] = set()  # streams that must forget for their next chunk, and were read when it came
         self._max_running = max_concurrent_questions
         self._waiting: deque[_Question] = deque()
         self._running: list[_Question] = []
@@ -355,7 +354,6 @@ class Engine:
         while not self._inbox.empty():
             self._inbox.get()()
         self._drop_ended()
-        self._forget_unread()
         side = self._fairness.choose(
             can_encode=self._can_encode, can_decode=bool(self._running) or self._next_waiting() is not None
         )
@@ -405,7 +403,7 @@ class Engine:
         memory = self._memory(stream)
         self._cancel_reading(memory, 0, "the stream was removed")
         self._refuse_queued(stream, "removed", "the stream was removed")
-        self._is_not_due(stream)
+        self._pinned.discard(stream)
         del self._memories[stream], self._chunks[stream]
         self._infos = {name: info for name, info in self._infos.items() if name != stream}
 
@@ -413,7 +411,7 @@ class Engine:
         memory = self._memory(stream)
         self._cancel_reading(memory, 0, "the memory was reset")
         self._refuse_queued(stream, "reset", "the memory was reset")
-        self._is_not_due(stream)
+        self._pinned.discard(stream)
         memory.reset()
         return self._note(stream)
 
@@ -422,7 +420,7 @@ class Engine:
         mark = _mark_of(memory, stream, name)
         self._cancel_reading(memory, mark.num_tokens, f"the memory was rolled back to {name!r}")
         self._refuse_queued(stream, "reset", f"the memory was rolled back to {name!r}")
-        self._is_not_due(stream)
+        self._pinned.discard(stream)
         memory.rollback(name)
         return self._note(stream)
 
@@ -465,13 +463,23 @@ class Engine:
 
     @property
     def _can_encode(self) -> bool:
-        return any(chunks and stream not in self._stuck for stream, chunks in self._chunks.items())
+        return self._next_stream() is not None
+
+    def _next_stream(self) -> str | None:
+        """Whose chunk is next: not that of one whose memory must not move yet."""
+        return next((name for name, chunks in self._chunks.items() if chunks and not self._waits(name)), None)
+
+    def _waits(self, stream: str) -> bool:
+        return stream in self._pinned and self._is_read(self._memories[stream])
 
     def _encode_next(self) -> None:
         """Encode the next chunk; streams take turns."""
-        stream = next(name for name, chunks in self._chunks.items() if chunks and name not in self._stuck)
-        if not self._may_append(stream, self._chunks[stream][0][0]):
+        stream = self._next_stream()
+        assert stream is not None, "no chunk can be encoded"
+        if self._must_wait(stream, self._chunks[stream][0][0]):
+            self._pinned.add(stream)
             return
+        self._pinned.discard(stream)
         chunk, future = self._chunks[stream].popleft()
         self._chunks[stream] = self._chunks.pop(stream)  # to the end of the line
         if not future.set_running_or_notify_cancel():
@@ -490,36 +498,14 @@ class Engine:
             self._note(stream)
             future.set_result(encoded)
 
-    def _may_append(self, stream: str, chunk: Chunk) -> bool:
-        """Forget in time for a chunk, or note that it is due while the memory is read. False if the chunk must wait.
+    def _must_wait(self, stream: str, chunk: Chunk) -> bool:
+        """Whether the memory must forget for a chunk while answers read it: rows may not move under them.
 
-        Rows may move only while no answer reads them. Answers that run are done soon; new ones wait for that, and
-        chunks go on as long as there is room.
+        Those that run are done soon, and none begins before the chunk is encoded. What the memory comes to hold is
+        then the same as if nobody had asked, bit for bit.
         """
         memory = self._memories[stream]
-        if not self._is_read(memory):
-            if memory.should_forget:
-                memory.forget()
-            return True
-        if memory.should_forget:
-            self._due.add(stream)
-        if memory.must_forget(chunk):
-            self._due.add(stream)
-            self._stuck.add(stream)
-        return stream not in self._stuck
-
-    def _forget_unread(self) -> None:
-        """Forget where it is due and nobody reads any more."""
-        for stream in [stream for stream in self._due if not self._is_read(self._memories[stream])]:
-            self._is_not_due(stream)
-            memory = self._memories[stream]
-            if memory.should_forget:
-                memory.forget()
-                self._note(stream)
-
-    def _is_not_due(self, stream: str) -> None:
-        self._due.discard(stream)
-        self._stuck.discard(stream)
+        return self._is_read(memory) and memory.must_forget(chunk)
 
     def _is_read(self, memory: StreamMemory) -> bool:
         return any(question.branch is not None and question.branch.memory is memory for question in self._running)
@@ -532,10 +518,10 @@ class Engine:
     # ----------------------------------------------------------------------------------- questions
 
     def _next_waiting(self) -> _Question | None:
-        """The question to begin next: the first whose stream need not forget before."""
+        """The question to begin next: the first whose stream has not to forget before."""
         if not self._scratch.num_free:
             return None
-        return next((question for question in self._waiting if question.request.stream not in self._due), None)
+        return next((question for question in self._waiting if question.request.stream not in self._pinned), None)
 
     def _admit(self, question: _Question) -> None:
         """Take a question in, or refuse it at once."""

@@ -19,17 +19,16 @@ from .retention import POLICIES
 
 logger = logging.getLogger(__name__)
 
-_SLACK_SHARE = 16  # a memory that forgets keeps a 16th free, so that chunks need not wait for those who read it
-_FREED_SHARE = 8  # and frees an 8th at a time, so that rows move seldom
+_FREED_SHARE = 8  # a memory that forgets frees an 8th at a time, so that rows move seldom
 
 
 class StreamMemory:
     """Grows by whole chunks. What lies below a length never changes until the memory is cut back or forgets.
 
     A chunk is written to rows that nobody reads yet and counts only once all layers have it: whatever fails
-    on the way leaves the memory as it was, less what was forgotten for it. Forgetting, by `forget` or for a chunk
-    that needs room, moves the chunks that stay down to the chunks before them: their keys and values keep their bits
-    and their positions, and nobody may be reading meanwhile.
+    on the way leaves the memory as it was, less what was forgotten for it. Forgetting moves the chunks that stay
+    down to those before them: their keys and values keep their bits and their positions, and nobody may be reading
+    meanwhile. What is forgotten, and when, follows from the chunks alone.
     """
 
     def __init__(self, model: VisionLanguageModel, options: StreamOptions) -> None:
@@ -44,7 +43,6 @@ class StreamMemory:
         self.ledger = Ledger()
         self._retention = POLICIES[options.retention]
         self._is_full = False
-        self._is_put_off = False
         self._num_forgotten_frames = 0  # not told yet with a chunk
         self._model = model
         self._arena = _reserve(model, capacity)
@@ -81,7 +79,7 @@ class StreamMemory:
             raise self._out_of_memory(error, f"{len(span)} tokens") from error
         num_anchor = self.layout.num_anchor(patches) if now.layout.is_empty else 0
         self.ledger.append(chunk, len(span), layout, num_anchor)
-        self._is_full = self._is_put_off = False
+        self._is_full = False
         num_forgotten, self._num_forgotten_frames = self._num_forgotten_frames, 0
         return Encoded(len(span), size, times.preprocess_ms, times.vision_ms, times.prefill_ms, num_forgotten)
 
@@ -153,34 +151,6 @@ class StreamMemory:
             return self._plan(_patches(chunk, self._model.geometry.grid(size)))[2]
         except ChunkRefused:
             return False
-
-    @property
-    def should_forget(self) -> bool:
-        """Whether room runs short, so that it is time to `forget` while no chunk waits for it."""
-        retention, num_newest = self._retention, self.ledger.num_newest_tokens
-        if not retention.forgets or retention.starts_over or self._is_put_off or self.now.num_chunks < 2:
-            return False
-        capacity, slack = self._arena.capacity, self._slack
-        return (
-            self._room < slack and self.now.num_anchor + num_newest + max(slack, capacity // _FREED_SHARE) <= capacity
-        )
-
-    @property
-    def _slack(self) -> int:
-        """Rows to have free at any time: for the next chunk, unless chunks are giants."""
-        capacity = self._arena.capacity
-        return max(capacity // _SLACK_SHARE, min(self.ledger.num_newest_tokens, capacity // 4))
-
-    def forget(self) -> None:
-        """Forget as the stream's policy says, so that the room lasts for a while. Nobody may be reading.
-
-        If the device has no memory even for moving rows, it is put off until the next chunk was encoded, and logged.
-        """
-        try:
-            self._forget(max(self._slack, self._arena.capacity // _FREED_SHARE))
-        except torch.OutOfMemoryError as error:
-            logger.warning("stream %s: %s", self.options.name, self._out_of_memory(error, "moving rows"))
-            self._is_put_off = True
 
     def _make_room(self, num_tokens: int) -> None:
         """Forget for the tokens of a chunk, which the memory can hold."""

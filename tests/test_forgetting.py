@@ -97,9 +97,9 @@ def test_forgetting_moves_rows_and_changes_no_bit_of_them(checkpoints: Checkpoin
     stream = memory(model, retention, 150)
     for i in range(30):
         new = chunk(2 * i, factor=model.geometry.factor)
-        if stream.should_forget:
+        if stream.must_forget(new):
             before, records = rows(stream), stream.ledger.records
-            stream.forget()
+            stream._make_room(6)
             kept = {record.number: record for record in stream.ledger.records}
             places = [
                 *range(stream.now.num_anchor),
@@ -205,7 +205,6 @@ def test_a_chunk_as_large_as_the_memory_takes_the_place_of_all_others(model: Dir
         stream.append(chunk(2 * i))
     stream.append(chunk(8, grid=(6, 8)))
     assert numbers(stream) == [4] and stream.now.num_frames == 2
-    assert not stream.should_forget  # it would be all that there is
     stream.append(chunk(10))
     assert numbers(stream)[-1] == 5
 
@@ -361,13 +360,6 @@ class ForgettingKeepsItsPromises(RuleBasedStateMachine):
                 return
             self.add(new)
             self.seq += 2
-
-    @precondition(lambda self: not self.readers)
-    @rule()
-    def forget(self) -> None:
-        if self.stream.should_forget:
-            self.stream.forget()
-            assert not self.stream.should_forget and self.stream.now.num_chunks > 0
 
     @rule(name=st.sampled_from(["", "a", "b"]))
     def ask(self, name: str) -> None:
