@@ -100,8 +100,11 @@ class OnePass:
 
 
 @torch.inference_mode()
-def read_at_once(model: VisionLanguageModel, span: Span, film: Film) -> OnePass:
-    """One forward pass with transformers' own code, its eager attention and its cache."""
+def read_at_once(model: VisionLanguageModel, span: Span, film: Film, visible: np.ndarray | None = None) -> OnePass:
+    """One forward pass with transformers' own code, its eager attention and its cache.
+
+    visible (n, n), bool: what each token sees, if not all before it.
+    """
     network = model._model
     network.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
     core, vision = network.model, _see_at_once(model, film)
@@ -111,6 +114,9 @@ def read_at_once(model: VisionLanguageModel, span: Span, film: Film) -> OnePass:
     extra: dict[str, Any] = {}
     if vision.deepstack is not None:
         extra = {"visual_pos_masks": visual, "deepstack_visual_embeds": vision.deepstack}
+    if visible is not None:
+        hidden = torch.from_numpy(~visible).to(model.device)[None, None]
+        extra["attention_mask"] = torch.zeros_like(hidden, dtype=embeds.dtype).masked_fill(hidden, -torch.inf)
     positions = torch.from_numpy(span.positions).to(model.device)[:, None]
     out = core.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=True, **extra)
     return OnePass(model.logits(out.last_hidden_state[0]), out.past_key_values, span.next_position)

@@ -4,7 +4,8 @@
     python -m onlooker.node.verify --model PATH     the given checkpoint, in float32
     python -m onlooker.node.verify --answers        greedy answers too, word for word
 
-Four promises: chunk by chunk equals one pass over the whole prompt; a question, however it ends, leaves no
+Five promises: chunk by chunk equals one pass over the whole prompt; what a memory has not forgotten equals one pass
+in which the forgotten is masked; a question, however it ends, leaves no
 trace, bit for bit; bytes are tokens x bytes per token and lie in the storage reserved for them; questions
 answered together are answered as they would be alone. Prints a table, exits 1 on a miss.
 """
@@ -25,7 +26,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from ..protocol.messages import Ask
+from ..protocol.messages import Ask, RetentionName
 from .adapter import FAMILIES
 from .answer import GrowingAnswer, decode
 from .branch import Branch, Scratch
@@ -42,6 +43,7 @@ _NUM_FRAMES = 24  # a multiple of every chunk size
 _GRIDS = ((2, 3), (4, 3))  # merged tokens (rows, columns) of the two resolutions
 _QUESTION = "What did you see first, and what came after it?"
 _SLOT_TOKENS = 128
+_FORGETTING_TOKENS = {"native": 80, "turns": 100}  # too few for all frames, in every family
 
 BOUND = 1e-5  # float32 sums in another order, by the largest figure where that is over 1
 
@@ -67,6 +69,9 @@ def verify(model: VisionLanguageModel, bound: float = BOUND) -> Iterator[Check]:
         for layout in ("native", "turns"):
             for chunk_frames in CHUNK_FRAMES:
                 yield from _one_pass(model, layout, chunk_frames, grid, bound)
+    for layout in ("native", "turns"):
+        for retention in ("window", "thin"):
+            yield from _forgetting(model, layout, retention, bound)
     for layout in ("native", "turns"):
         yield from _no_trace(model, layout)
     yield from _bytes(model)
@@ -103,6 +108,46 @@ def _one_pass(
         for mine, theirs in zip(extent.rows(layer), one_pass.rows(layer), strict=True)
     ]
     yield Check("chunks = one pass, K and V", model.name, case, max(gaps), bound)
+
+
+# --------------------------------------------------------------------------------------------- forgetting
+
+
+def _forgetting(model: VisionLanguageModel, layout: str, retention: RetentionName, bound: float) -> Iterator[Check]:
+    """A memory too small for the film, against one pass in which no token sees what was forgotten before it came."""
+    film = Film(_frames(model, _GRIDS[0]), _GRIDS[0], layout, 2)
+    memory = _memory(model, layout, 2, retention, _FORGETTING_TOKENS[layout])
+    held, lengths = [], []
+    for chunk in _chunks(film.frames, 2):
+        lengths.append(memory.append(chunk).num_tokens)
+        held.append([record.number for record in memory.ledger.records])
+    case = f"{layout}, {retention}: {len(held[-1])} of {len(held)} chunks are left"
+    if len(held[-1]) == len(held):
+        yield Check("forgetting = one pass, masked, logits", model.name, case, math.inf, bound)
+        return
+    question = memory.layout.question(memory.now.layout, _QUESTION)
+    streamed = model.logits(model.read(question, Prefill([memory.extent(memory.now)])))
+    visible = _visible([*lengths, len(question)], memory.now.num_anchor, [*held, held[-1]])
+    one_pass = read_at_once(model, whole_prompt(model, film, _QUESTION), film, visible)
+    gap = _distance(streamed, one_pass.logits[-len(question) :])
+    yield Check("forgetting = one pass, masked, logits", model.name, case, gap, bound)
+    left = torch.from_numpy(np.flatnonzero(visible[-1, : sum(lengths)])).to(model.device)
+    extent = memory.extent(memory.now)
+    gaps = [
+        _distance(mine, theirs[left])
+        for layer in range(model.kv_shape.num_layers)
+        for mine, theirs in zip(extent.rows(layer), one_pass.rows(layer), strict=True)
+    ]
+    yield Check("forgetting = one pass, masked, K and V", model.name, case, max(gaps), bound)
+
+
+def _visible(lengths: Sequence[int], num_anchor: int, held: Sequence[Sequence[int]]) -> np.ndarray:
+    """What each token sees: the anchor, its own chunk, and chunks held[i] if it is of chunk i; the question is last."""
+    chunks = np.arange(len(lengths))
+    sees = np.stack([np.isin(chunks, [*others, chunk]) for chunk, others in enumerate(held)])
+    chunk_of = chunks.repeat(lengths)
+    is_anchor = np.arange(len(chunk_of)) < num_anchor
+    return np.tri(len(chunk_of), dtype=bool) & (sees[chunk_of][:, chunk_of] | is_anchor)
 
 
 # --------------------------------------------------------------------------------------------- no trace
@@ -286,13 +331,20 @@ def verify_answers(model: VisionLanguageModel) -> Iterator[Check]:
 # ---------------------------------------------------------------------------------------------- streams
 
 
-def _memory(model: VisionLanguageModel, layout: str, chunk_frames: int) -> StreamMemory:
+def _memory(
+    model: VisionLanguageModel,
+    layout: str,
+    chunk_frames: int,
+    retention: RetentionName = "stop",
+    num_tokens: int = 1024,
+) -> StreamMemory:
     options = StreamOptions(
         "verify",
         chunk_frames=chunk_frames,
         layout=layout,  # type: ignore[arg-type]
         min_pixels=1,
-        memory_bytes=1024 * model.kv_shape.bytes_per_token,
+        memory_bytes=num_tokens * model.kv_shape.bytes_per_token,
+        retention=retention,
     )
     return StreamMemory(model, options)
 

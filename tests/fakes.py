@@ -13,6 +13,7 @@ them. Knobs, all of which may be turned while it runs:
 - `hold()` stops the thread before its next step and `let_go()` lets it go on: slowness without a clock.
 - `encode_s`, `word_s`: seconds spent on each chunk and each word of an answer.
 - `capacity_tokens`: a chunk beyond it is refused as `memory_full`.
+- `num_forgotten_frames`: every chunk makes the memory say that it forgot so many, which it does not.
 - `fail_encode`, `fail_ask`: an exception that every chunk or question then ends with.
 - `max_waiting`: a question beyond it ends with BUSY.
 - `on_encode`: is called with the stream of each chunk that is handed over.
@@ -99,6 +100,7 @@ class FakeEngine:
         self.encode_s = encode_s
         self.word_s = word_s
         self.max_waiting = max_waiting
+        self.num_forgotten_frames = 0
         self.fail_encode: Exception | None = None
         self.fail_ask: Exception | None = None
         self.on_encode: Callable[[str], object] = str
@@ -192,7 +194,7 @@ class FakeEngine:
                 raise ChunkRefused("memory_full", f"stream {stream} holds {self.capacity_tokens} tokens")
             self._memories[stream].chunks.append(chunk)
             yield from ()
-            return Encoded(num_tokens, chunk.size, preprocess_ms=1.0, vision_ms=2.0, prefill_ms=3.0)
+            return Encoded(num_tokens, chunk.size, 1.0, 2.0, 3.0, self.num_forgotten_frames)
 
         self.on_encode(stream)
         return self._submit(stream, steps(), is_encode=True)

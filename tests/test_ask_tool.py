@@ -279,6 +279,12 @@ def test_streams_are_listed_with_what_is_remembered(node: Node) -> None:
     assert control(node, "streams", "--json").json[0]["cache"]["num_tokens"] == 16
 
 
+def test_a_stream_is_added_with_its_retention(node: Node) -> None:
+    assert control(node, "add", "gate", "--retention", "thin", "--json").json["retention"] == "thin"
+    assert control(node, "streams", "--json").json[0]["retention"] == "stop"
+    assert "--retention" in control(node, "add", "yard", "--retention", "never").err
+
+
 def test_a_stream_is_added_and_removed(node: Node, engine: FakeEngine) -> None:
     added = control(node, "add", "gate")
     assert (added.status, added.out.split(" (")[0]) == (0, "stream gate added to the node")

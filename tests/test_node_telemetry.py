@@ -162,6 +162,20 @@ def test_a_full_memory_is_told(engine: FakeEngine, watcher: Watcher, camera: zmq
     watcher.until_event("memory_full")
 
 
+def test_what_a_full_memory_forgot_is_told_and_not_with_every_chunk(
+    engine: FakeEngine, watcher: Watcher, camera: zmq.Socket
+):
+    engine.num_forgotten_frames = 3
+    watcher.until_kind("hello")
+    publish(camera, 8)
+    event = watcher.until_event("forgot")
+    assert event.stream == "front" and event.details["retention"] == "stop"
+    assert event.details["num_frames"] in (3, 6) and event.details["oldest_ns"] == 10**9
+    watcher.until(lambda heard: heard.kind == "stream" and heard.record.frames.forgotten == 6)  # type: ignore[union-attr]
+    watcher.until_kind("stats")
+    assert [heard.record for heard in watcher.heard if getattr(heard.record, "kind", None) == "forgot"] == [event]
+
+
 def test_a_defect_is_told_by_its_error_id(engine: FakeEngine, node: Node, watcher: Watcher):
     watcher.until_kind("hello")
     remember(engine)

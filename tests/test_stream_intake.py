@@ -2,7 +2,7 @@
 
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -197,6 +197,18 @@ def test_the_end_of_a_stream_flushes_what_is_left_after_all_earlier_frames():
     assert front.run() == [[0, 1, 2, 3], [4, 5, 6, 6]]
     assert (front.counters.received, front.counters.encoded, front.counters.padded) == (7, 7, 1)
     assert (front.stats.state, front.counters.last_seq) == ("ended", 7)
+
+
+def test_forgotten_frames_are_counted_and_stay_a_part_of_the_encoded():
+    front = bench(chunk_frames=2)
+    front.send(2)
+    front.give_back(front.take())
+    front.submit()
+    ((chunk, future),) = front.in_flight
+    future.set_result(replace(ENCODED, num_forgotten_frames=3))
+    front.intake.settle(chunk, future, 0)
+    assert (front.counters.received, front.counters.encoded, front.counters.forgotten) == (2, 2, 3)
+    assert front.stats.retention == "stop"
 
 
 def test_an_even_rest_at_the_end_is_not_padded():

@@ -22,7 +22,7 @@ def missed(checks: list[Check]) -> set[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_promise_holds_for_every_family(checkpoints: Checkpoints, family: str):
     checks = list(verify(checkpoints.model(family)))
-    assert len(checks) == 49
+    assert len(checks) == 57
     assert not missed(checks)
 
 
@@ -92,6 +92,6 @@ def test_the_command_reports_as_json_and_by_its_status(checkpoints: Checkpoints,
     path = str(checkpoints.path("qwen2_vl"))
     assert main(["--model", path, "--device", "cpu", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["passed"] and len(document["checks"]) == 49
+    assert document["passed"] and len(document["checks"]) == 57
     assert main(["--model", path, "--device", "cpu", "--bound", "1e-12"]) == 1
     assert "MISS" in capsys.readouterr().out
