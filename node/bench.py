@@ -9,16 +9,13 @@ rate of a copy, both measured in the same run. What it takes to do the same with
 """
 
 import argparse
-import datetime
 import logging
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +50,7 @@ from .bench_report import (
 from .ceilings import measure_ceilings
 from .chunk import CHUNK_FRAMES
 from .compilation import CompileSetting
+from .machine import machine
 from .model import BUILTIN, DTYPES, VisionLanguageModel, load_model, use_few_threads
 from .preprocess import PatchGeometry, encode_size
 from .published import PUBLISHED, build_network, build_published, default_device, default_dtype
@@ -351,26 +349,6 @@ def _setting_text(setting: Setting) -> str:
     return "{}x{}".format(*setting.received) + f"{encoded}, {setting.chunk_frames} frames"
 
 
-def machine(device: str) -> dict[str, Any]:
-    """What the figures hold for."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.machine()} CPU"
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": name,
-        "onlooker": _version("onlooker"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from the tree
-        return "unknown"
-
-
 # The command line
 
 
@@ -439,7 +417,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--dtype", default="auto", choices=DTYPES)
     add("--budget-s", type=_seconds, metavar="SECONDS", help="for all of it, once torch is loaded")
-    add("--json", type=Path, metavar="FILE")
+    add("--json", type=Path, metavar="FILE", help="`onlooker report` makes a page of it")
     add("--plot", type=Path, metavar="FILE", help="time and limit over history, a PNG")
     return parser
 
@@ -477,7 +455,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subjects += [Subject(name, True, device, args.dtype) for name in args.config]
     subjects = subjects or [Subject("builtin", False, device, args.dtype)]
     transformers.logging.disable_progress_bar()
-    report = Report(machine(device))
+    report = Report(machine(device, "onlooker bench", argv))
     return _run(subjects, plan, report, args, args.budget_s or defaults["budget_s"])
 
 

@@ -30,6 +30,7 @@ from .adapter import FAMILIES
 from .answer import GrowingAnswer, decode
 from .branch import Branch, Scratch
 from .chunk import CHUNK_FRAMES, Chunk, Picture
+from .machine import machine
 from .memory import StreamMemory
 from .model import VisionLanguageModel, load_model, use_few_threads
 from .native_answers import compare_answers
@@ -351,11 +352,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--bound", type=float, default=BOUND, help="a large checkpoint sums more and may need more")
     parser.add_argument("--answers", action="store_true", help="compare whole answers too, which takes a while longer")
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON document instead of the table; `onlooker report` makes a page of it",
+    )
     args = parser.parse_args(argv)
     transformers.logging.disable_progress_bar()
     checks: list[Check] = []
+    device = ""
     for model in _models(args.model, args.device):
+        device = str(model.device)
         use_few_threads(model)
         answers = verify_answers(model) if args.answers else ()
         for check in itertools.chain(verify(model, args.bound), answers):
@@ -365,8 +372,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     missed = [check for check in checks if not check.passed]
     if args.json:
         rows = [asdict(check) | {"passed": check.passed} for check in checks]
-        document = {"torch": torch.__version__, "transformers": transformers.__version__, "checks": rows}
-        print(json.dumps(document | {"passed": not missed}, indent=2))
+        facts = machine(device, "onlooker verify", argv)
+        print(json.dumps({"machine": facts, "checks": rows, "passed": not missed}, indent=2))
     else:
         print(f"{len(checks) - len(missed)} of {len(checks)} checks hold")
     return 1 if missed else 0

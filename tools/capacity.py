@@ -51,6 +51,7 @@ from .connection import (
 from .feed import Feed, Stamp
 from .interrupt import ending_on_signal
 from .link import LOSSLESS_IN_FLIGHT, NoSubscriberError, stats_of
+from .machine import machine
 from .node import require_node
 from .node_process import NODE_MODULE, running_node
 from .playback import POLL_S, STALLED_AFTER_S, StalledError
@@ -166,7 +167,10 @@ def capacity(
     client_key: ClientKeyOption = None,
     timeout_s: TimeoutOption = 60.0,
 ) -> None:
-    """Find out how much of a video a node can remember."""
+    """Find out how much of a video a node can remember.
+
+    `onlooker report` makes a page of its JSON.
+    """
     if model is not None and config is not None:
         raise typer.BadParameter("a model has its own sizes: give one of the two", param_hint="--config")
     if plot is not None:
@@ -193,7 +197,8 @@ def capacity(
         stack.enter_context(ending_on_signal(stop))
         report = measure_capacity(source, route, options, say, stop)
     if is_json:
-        sys.stdout.write(_document(report).decode() + "\n")
+        is_own_node = model is not None or config is not None
+        sys.stdout.write(_document(report, machine(report.device, is_own_node=is_own_node)).decode() + "\n")
     else:
         _print(report)
     if plot is not None:
@@ -517,12 +522,13 @@ def _size(text: str) -> tuple[int, int]:
 # What is shown
 
 
-def _document(report: CapacityReport) -> bytes:
-    """The report with what follows from it, as JSON."""
+def _document(report: CapacityReport, facts: dict[str, str]) -> bytes:
+    """The report with what follows from it and what it holds for, as JSON."""
     document = msgspec.to_builtins(report) | {
         "compared": comparisons(report),
         "findings": findings(report),
         "recommendations": recommendations(report),
+        "machine": facts,
     }
     return msgspec.json.encode(document)
 
