@@ -18,6 +18,7 @@ from onlooker.protocol.messages import Vram
 from onlooker.tools import capacity
 from onlooker.tools.capacity import _num_bytes
 from onlooker.tools.capacity_report import CapacityReport, recommendations
+from onlooker.tools.report import page_of
 
 
 def run(node: Node, *arguments: object) -> Any:
@@ -44,6 +45,8 @@ def test_a_file_that_fits_is_remembered_to_its_end_with_the_last_chunk_padded(cl
     assert (last["num_chunks"], last["num_padded"], last["num_tokens"]) == (6, 1, 24 * TOKENS_PER_FRAME)
     assert (report["prediction"]["num_frames"], report["prediction"]["limit"]) == (23, "file")
     assert plot.read_bytes().startswith(b"\x89PNG")
+    assert report["machine"]["device"] == "cpu" and "torch" not in report["machine"]  # of a node of others: unknown
+    assert "23 frames are remembered" in page_of(report, "").verdict.text
 
 
 def test_a_memory_that_fills_ends_the_run_where_predicted_and_the_node_goes_on(clip: Path):
