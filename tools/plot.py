@@ -102,7 +102,7 @@ def _draw_kinds(score: Score, axes: Axes) -> None:
     axes.set_xlim(-3, 103)
     axes.set_xlabel("right answers, %")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="best", title=INTERVAL)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=2, title=INTERVAL, frameon=False)
 
 
 def _draw_accuracy(rows: Sequence[SettingScore], axes: Axes) -> None:

@@ -56,8 +56,8 @@ def verify_page(report: VerifyReport) -> Page:
         facts=[Fact("models", ", ".join(models)), *machine_facts(report.machine)],
         parts=[
             _checks_table("Missed", missed),
-            _promises_table(report.checks),
             Plots("Differences", _panels(report.checks, models)),
+            _promises_table(report.checks),
             _checks_table("All checks", report.checks),
         ],
     )
@@ -128,6 +128,8 @@ def _panels(checks: Sequence[Check], models: Sequence[str]) -> list[Panel]:
 
 def _draw(checks: Sequence[Check], models: Sequence[str], axes: Axes) -> None:
     """A line of points for each model."""
+    from matplotlib.ticker import LogLocator
+
     for place, model in enumerate(models):
         values = [check.value or 0.0 for check in checks if check.model == model]
         axes.plot(values, [place] * len(values), "o", color="#0b6bb3", alpha=0.45, markeredgewidth=0)
@@ -136,6 +138,7 @@ def _draw(checks: Sequence[Check], models: Sequence[str], axes: Axes) -> None:
         axes.axvline(bound, color="#b42318", linestyle="--", label=f"bound, {bound:.0e}")
     axes.set_xscale("log")
     axes.set_xlabel("difference in a check, the largest of its figures")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:.0e}")
     axes.xaxis.set_minor_formatter("")
     axes.set_yticks([])
