@@ -51,9 +51,9 @@ from .ceilings import measure_ceilings
 from .chunk import CHUNK_FRAMES
 from .compilation import CompileSetting
 from .machine import machine
-from .model import BUILTIN, DTYPES, VisionLanguageModel, load_model, use_few_threads
+from .model import BUILTIN, DTYPES, VisionLanguageModel, load_model, resolve_device, use_few_threads
 from .preprocess import PatchGeometry, encode_size
-from .published import PUBLISHED, build_network, build_published, default_device, default_dtype
+from .published import PUBLISHED, build_network, build_published, default_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -398,6 +398,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.absolute().parent}")
+    return path
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="onlooker bench", description="Measure encoding and answering on this machine, beside their limits."
@@ -417,8 +424,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--dtype", default="auto", choices=DTYPES)
     add("--budget-s", type=_seconds, metavar="SECONDS", help="for all of it, once torch is loaded")
-    add("--json", type=Path, metavar="FILE", help="`onlooker report` makes a page of it")
-    add("--plot", type=Path, metavar="FILE", help="time and limit over history, a PNG")
+    add("--json", type=_file, metavar="FILE", help="`onlooker report` makes a page of it")
+    add("--plot", type=_file, metavar="FILE", help="time and limit over history, a PNG")
     return parser
 
 
@@ -440,11 +447,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 if a part of it that is ours failed."""
     parser = _parser()
     args = parser.parse_args(argv)
-    device = default_device() if args.device == "auto" else args.device
-    defaults = _DEFAULTS["cuda" if device.startswith("cuda") else "cpu"]
     try:
+        device = resolve_device(args.device)
+        defaults = _DEFAULTS["cuda" if device.startswith("cuda") else "cpu"]
         plan = _plan(args, defaults)
-    except argparse.ArgumentTypeError as error:
+    except (ValueError, argparse.ArgumentTypeError) as error:
         parser.error(str(error))
     if args.plot:
         try:

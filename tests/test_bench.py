@@ -147,6 +147,9 @@ def test_nothing_is_measured_once_the_time_is_over(checkpoints: Checkpoints, tmp
         ("--history", "-1"),
         ("--budget-s", "0"),
         ("--wire-encoding", "bmp"),
+        ("--device", "gpu"),
+        ("--json", "no-such-folder/x.json"),
+        ("--plot", "no-such-folder/x.png"),
     ],
 )
 def test_a_mistake_in_the_arguments_is_told_at_once(arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]):

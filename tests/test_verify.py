@@ -98,3 +98,15 @@ def test_the_command_reports_as_json_and_by_its_status(checkpoints: Checkpoints,
     assert page_of(document, "").verdict == (True, "All 49 checks hold")
     assert main(["--model", path, "--device", "cpu", "--bound", "1e-12"]) == 1
     assert "MISS" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_not_there_is_a_line_and_status_1(capsys: pytest.CaptureFixture[str]):
+    assert main(["--model", "./no-such-folder", "--device", "cpu"]) == 1
+    assert capsys.readouterr().err.startswith("onlooker verify: ./no-such-folder cannot be loaded: ")
+
+
+def test_a_device_that_nobody_has_is_a_mistake_in_the_arguments(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as error:
+        main(["--device", "gpu"])
+    assert error.value.code == 2
+    assert "auto, cpu, cuda" in capsys.readouterr().err
