@@ -1,5 +1,6 @@
 """Capacity runs over real sockets: what was predicted, what came, and what is left behind."""
 
+import signal
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 from clips import write_clip
-from commands import endpoint_flags, onlooker
+from commands import endpoint_flags, onlooker, start_onlooker
 from fakes import BYTES_PER_TOKEN, TOKENS_PER_FRAME, FakeEngine
 from nodes import running_node
 
@@ -105,6 +106,21 @@ def test_a_memory_too_small_for_one_chunk_is_said_and_leaves_no_stream(clip: Pat
         assert engine.streams() == ["front"]
     assert ended.status == 1
     assert "the node did not take the first chunks" in ended.err and "memory_full" in ended.err
+
+
+def test_ctrl_c_reports_what_came_so_far(clip: Path):
+    with FakeEngine() as engine, running_node(engine) as node:
+        engine.encode_s = 0.5
+        flags = ("--round-chunks", "1", "--json", *endpoint_flags(node, "frames", "ask", "control"))
+        with start_onlooker("capacity", clip, *flags) as command:
+            assert command.stderr is not None
+            while "4 frames: " not in (line := command.stderr.readline()):
+                assert line
+            command.send_signal(signal.SIGINT)
+            out, err = command.communicate(timeout=20)
+        assert engine.streams() == ["front"]
+    assert command.returncode == 130, err
+    assert msgspec.json.decode(out)["end"] == "interrupted"
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from ..protocol.messages import NodeStats, StreamSpec, StreamStats, Vram, or_uns
 from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT, FRAMES_ENDPOINT
 from .capacity_plot import plot_capacity
 from .capacity_report import Aftermath, CapacityReport, End, Round, comparisons, findings, recommendations
+from .commands import EXIT_INTERRUPTED
 from .connection import (
     AskOption,
     ClientKeyOption,
@@ -203,6 +204,8 @@ def capacity(
         _print(report)
     if plot is not None:
         plot_capacity(report, plot)
+    if report.end == "interrupted":
+        raise typer.Exit(EXIT_INTERRUPTED)
 
 
 def measure_capacity(
@@ -272,6 +275,8 @@ class Sender:
         num = 0
         for frame in frames:
             self._wait_done(self._feed.num_sent + 1 - LOSSLESS_IN_FLIGHT)
+            if self._stop.is_set():
+                break
             self._feed.send(frame.pixels, Stamp(frame.media_ns, "media"))
             num += 1
         self._wait_done(self._feed.num_sent - (self._chunk_frames - 1))
