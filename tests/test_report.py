@@ -18,7 +18,7 @@ from onlooker.node.ceilings import Ceilings
 from onlooker.node.verify import Check
 from onlooker.protocol.messages import StageTimings, Vram
 from onlooker.tools.capacity_report import Aftermath, CapacityReport, Round
-from onlooker.tools.demo import Check as Promise
+from onlooker.tools.check import Check as Promise
 from onlooker.tools.exam import Report
 from onlooker.tools.prediction import predict
 from onlooker.tools.report import ReportError, page_of

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .ask import visible
+from .check import checks_table
 from .exam import Report
 from .quantity import bytes_text, ms_text, seconds_text
 from .score import ChoiceScore, Count, Score, SettingScore
@@ -40,7 +41,7 @@ def print_report(report: Report) -> None:
             console.print(table)
         console.print(places_text(report.choices))
     console.print(f"{report.model} on {report.device}: {report.score.all} answers are right")
-    console.print(_checks_table(report))
+    console.print(checks_table(report.checks))
     if report.notice:
         console.print(Text(report.notice, style="yellow"))
     console.print(f"{'All of it held' if report.held else 'NOT all of it held'}, in {seconds_text(report.seconds)}.")
@@ -156,14 +157,6 @@ def choice_tables(choices: ChoiceScore) -> list[Table]:
 def places_text(choices: ChoiceScore) -> str:
     """Whether the choices lean to a place, in words."""
     return "no place is preferred beyond chance" if choices.is_place_neutral else "A PLACE IS PREFERRED"
-
-
-def _checks_table(report: Report) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for check in report.checks:
-        verdict = Text("held", style="green") if check.held else Text("FAILED", style="bold red")
-        table.add_row(verdict, check.promise, Text(check.figures))
-    return table
 
 
 def _table(title: str, *columns: str) -> Table:
