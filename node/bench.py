@@ -9,16 +9,13 @@ rate of a copy, both measured in the same run. What it takes to do the same with
 """
 
 import argparse
-import datetime
 import logging
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +50,10 @@ from .bench_report import (
 from .ceilings import measure_ceilings
 from .chunk import CHUNK_FRAMES
 from .compilation import CompileSetting
-from .model import BUILTIN, DTYPES, VisionLanguageModel, load_model, use_few_threads
+from .machine import machine
+from .model import BUILTIN, DTYPES, VisionLanguageModel, load_model, resolve_device, use_few_threads
 from .preprocess import PatchGeometry, encode_size
-from .published import PUBLISHED, build_network, build_published, default_device, default_dtype
+from .published import PUBLISHED, build_network, build_published, default_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -351,26 +349,6 @@ def _setting_text(setting: Setting) -> str:
     return "{}x{}".format(*setting.received) + f"{encoded}, {setting.chunk_frames} frames"
 
 
-def machine(device: str) -> dict[str, Any]:
-    """What the figures hold for."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.machine()} CPU"
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": name,
-        "onlooker": _version("onlooker"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from the tree
-        return "unknown"
-
-
 # The command line
 
 
@@ -420,6 +398,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.absolute().parent}")
+    return path
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="onlooker bench", description="Measure encoding and answering on this machine, beside their limits."
@@ -439,8 +424,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--dtype", default="auto", choices=DTYPES)
     add("--budget-s", type=_seconds, metavar="SECONDS", help="for all of it, once torch is loaded")
-    add("--json", type=Path, metavar="FILE")
-    add("--plot", type=Path, metavar="FILE", help="time and limit over history, a PNG")
+    add("--json", type=_file, metavar="FILE", help="`onlooker report` makes a page of it")
+    add("--plot", type=_file, metavar="FILE", help="time and limit over history, a PNG")
     return parser
 
 
@@ -462,11 +447,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 if a part of it that is ours failed."""
     parser = _parser()
     args = parser.parse_args(argv)
-    device = default_device() if args.device == "auto" else args.device
-    defaults = _DEFAULTS["cuda" if device.startswith("cuda") else "cpu"]
     try:
+        device = resolve_device(args.device)
+        defaults = _DEFAULTS["cuda" if device.startswith("cuda") else "cpu"]
         plan = _plan(args, defaults)
-    except argparse.ArgumentTypeError as error:
+    except (ValueError, argparse.ArgumentTypeError) as error:
         parser.error(str(error))
     if args.plot:
         try:
@@ -477,7 +462,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subjects += [Subject(name, True, device, args.dtype) for name in args.config]
     subjects = subjects or [Subject("builtin", False, device, args.dtype)]
     transformers.logging.disable_progress_bar()
-    report = Report(machine(device))
+    report = Report(machine(device, "onlooker bench", argv))
     return _run(subjects, plan, report, args, args.budget_s or defaults["budget_s"])
 
 

@@ -1,6 +1,7 @@
 """A vision-language model of transformers, reduced to what a memory needs of it."""
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -211,7 +212,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Visio
     # Before transformers, which refuses a type that it does not know without a word on what is supported here.
     require_known(stated.get("model_type"))
     family_of(transformers.AutoConfig.from_pretrained(path))
-    device = _resolve(device)
+    device = resolve_device(device)
     placement = device if device == "balanced" else {"": device}
     loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(
         path,
@@ -250,9 +251,12 @@ def _checkpoint(name: str) -> str:
     return str(folder) if is_path else name
 
 
-def _resolve(device: str) -> str:
+def resolve_device(device: str) -> str:
+    """What a setting names; "auto" is CUDA, if there is any. Raises ValueError for a device that cannot be had."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|balanced|cuda(:[0-9]+)?", device):
+        raise ValueError(f"a device is auto, cpu, cuda, cuda:N or balanced, got {device}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device}: torch {torch.__version__} finds no CUDA device")
     return device

@@ -145,11 +145,6 @@ def build_published(name: str, *, device: str, dtype: torch.dtype) -> VisionLang
     return VisionLanguageModel(network, tokenizer, name=f"{name}, random", processor={}, notice=NOTICE)
 
 
-def default_device() -> str:
-    """What "auto" means."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def default_dtype(device: str) -> torch.dtype:
     """What "auto" means where no checkpoint says how its weights are stored."""
     return torch.bfloat16 if device.startswith("cuda") else torch.float32

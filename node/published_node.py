@@ -12,12 +12,13 @@ from .__main__ import leave
 from .__main__ import main as run_node
 from .config import NodeConfig
 from .engine import Engine
-from .published import PUBLISHED, build_published, default_device, default_dtype
+from .model import resolve_device
+from .published import PUBLISHED, build_published, default_dtype
 
 
 def load_published_engine(name: str, config: NodeConfig) -> Engine:
     """An engine on a published model, warm and started, with a node's settings."""
-    device = default_device() if config.device == "auto" else config.device
+    device = resolve_device(config.device)
     dtype = default_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     engine = Engine(
         build_published(name, device=device, dtype=dtype),

@@ -31,8 +31,9 @@ from .adapter import FAMILIES
 from .answer import GrowingAnswer, decode
 from .branch import Branch, Scratch
 from .chunk import CHUNK_FRAMES, Chunk, Picture
+from .machine import machine
 from .memory import StreamMemory
-from .model import VisionLanguageModel, load_model, use_few_threads
+from .model import VisionLanguageModel, load_model, resolve_device, use_few_threads
 from .native_answers import compare_answers
 from .options import StreamOptions
 from .passes import Prefill
@@ -46,6 +47,10 @@ _SLOT_TOKENS = 128
 _FORGETTING_TOKENS = {"native": 80, "turns": 100}  # too few for all frames, in every family
 
 BOUND = 1e-5  # float32 sums in another order, by the largest figure where that is over 1
+
+
+class LoadError(Exception):
+    """A checkpoint that was named cannot be had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,9 +376,13 @@ def _distance(a: Tensor, reference: Tensor) -> float:
 
 
 def _models(names: Sequence[str], device: str) -> Iterator[VisionLanguageModel]:
-    """The named checkpoints, or one random model of each family."""
+    """The named checkpoints, or one random model of each family. Raises LoadError."""
     for name in names:
-        yield load_model(name, dtype="float32", device=device)
+        try:
+            model = load_model(name, dtype="float32", device=device)
+        except (OSError, ValueError) as error:
+            raise LoadError(f"{name} cannot be loaded: {error}") from error
+        yield model
     if names:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -403,22 +412,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--bound", type=float, default=BOUND, help="a large checkpoint sums more and may need more")
     parser.add_argument("--answers", action="store_true", help="compare whole answers too, which takes a while longer")
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON document instead of the table; `onlooker report` makes a page of it",
+    )
     args = parser.parse_args(argv)
+    try:
+        device = resolve_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
     transformers.logging.disable_progress_bar()
     checks: list[Check] = []
-    for model in _models(args.model, args.device):
-        use_few_threads(model)
-        answers = verify_answers(model) if args.answers else ()
-        for check in itertools.chain(verify(model, args.bound), answers):
-            checks.append(check)
-            if not args.json:
-                print(_row(check), flush=True)
+    try:
+        for model in _models(args.model, device):
+            use_few_threads(model)
+            answers = verify_answers(model) if args.answers else ()
+            for check in itertools.chain(verify(model, args.bound), answers):
+                checks.append(check)
+                if not args.json:
+                    print(_row(check), flush=True)
+    except LoadError as error:
+        print(f"onlooker verify: {error}", file=sys.stderr)
+        return 1
     missed = [check for check in checks if not check.passed]
     if args.json:
         rows = [asdict(check) | {"passed": check.passed} for check in checks]
-        document = {"torch": torch.__version__, "transformers": transformers.__version__, "checks": rows}
-        print(json.dumps(document | {"passed": not missed}, indent=2))
+        facts = machine(device, "onlooker verify", argv)
+        print(json.dumps({"machine": facts, "checks": rows, "passed": not missed}, indent=2))
     else:
         print(f"{len(checks) - len(missed)} of {len(checks)} checks hold")
     return 1 if missed else 0

@@ -20,6 +20,7 @@ from onlooker.node.bench_naive import NaiveBench
 from onlooker.node.bench_report import NAIVE, Case, Row, growth, row_text, table_text
 from onlooker.node.ceilings import Ceilings
 from onlooker.node.workload import Work
+from onlooker.tools.report import page_of
 
 SETTING = Setting((112, 84), None, 4)
 
@@ -107,6 +108,12 @@ def test_the_profile_tells_what_ran_longest_in_a_chunk_and_in_an_answer(ended: E
     assert "aten::" in ended.out
 
 
+def test_the_json_says_what_was_run_and_makes_a_page(ended: Ended):
+    assert ended.document["machine"]["command"].startswith("onlooker bench --model")
+    page = page_of(ended.document, "")
+    assert page.verdict.held is None and "a chunk of" in page.verdict.text
+
+
 def test_the_table_holds_every_stage_and_the_plot_is_a_picture(ended: Ended):
     assert all(row["stage"] in ended.out for row in ended.document["rows"])
     assert ended.plot.read_bytes().startswith(b"\x89PNG")
@@ -140,6 +147,9 @@ def test_nothing_is_measured_once_the_time_is_over(checkpoints: Checkpoints, tmp
         ("--history", "-1"),
         ("--budget-s", "0"),
         ("--wire-encoding", "bmp"),
+        ("--device", "gpu"),
+        ("--json", "no-such-folder/x.json"),
+        ("--plot", "no-such-folder/x.png"),
     ],
 )
 def test_a_mistake_in_the_arguments_is_told_at_once(arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]):

@@ -1,5 +1,6 @@
 """Capacity runs over real sockets: what was predicted, what came, and what is left behind."""
 
+import signal
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 from clips import write_clip
-from commands import endpoint_flags, onlooker
+from commands import endpoint_flags, onlooker, start_onlooker
 from fakes import BYTES_PER_TOKEN, TOKENS_PER_FRAME, FakeEngine
 from nodes import running_node
 
@@ -18,6 +19,7 @@ from onlooker.protocol.messages import Vram
 from onlooker.tools import capacity
 from onlooker.tools.capacity import _num_bytes
 from onlooker.tools.capacity_report import CapacityReport, recommendations
+from onlooker.tools.report import page_of
 
 
 def run(node: Node, *arguments: object) -> Any:
@@ -44,6 +46,8 @@ def test_a_file_that_fits_is_remembered_to_its_end_with_the_last_chunk_padded(cl
     assert (last["num_chunks"], last["num_padded"], last["num_tokens"]) == (6, 1, 24 * TOKENS_PER_FRAME)
     assert (report["prediction"]["num_frames"], report["prediction"]["limit"]) == (23, "file")
     assert plot.read_bytes().startswith(b"\x89PNG")
+    assert report["machine"]["device"] == "cpu" and "torch" not in report["machine"]  # of a node of others: unknown
+    assert "23 frames are remembered" in page_of(report, "").verdict.text
 
 
 def test_a_memory_that_fills_ends_the_run_where_predicted_and_the_node_goes_on(clip: Path):
@@ -102,6 +106,21 @@ def test_a_memory_too_small_for_one_chunk_is_said_and_leaves_no_stream(clip: Pat
         assert engine.streams() == ["front"]
     assert ended.status == 1
     assert "the node did not take the first chunks" in ended.err and "memory_full" in ended.err
+
+
+def test_ctrl_c_reports_what_came_so_far(clip: Path):
+    with FakeEngine() as engine, running_node(engine) as node:
+        engine.encode_s = 0.5
+        flags = ("--round-chunks", "1", "--json", *endpoint_flags(node, "frames", "ask", "control"))
+        with start_onlooker("capacity", clip, *flags) as command:
+            assert command.stderr is not None
+            while "4 frames: " not in (line := command.stderr.readline()):
+                assert line
+            command.send_signal(signal.SIGINT)
+            out, err = command.communicate(timeout=20)
+        assert engine.streams() == ["front"]
+    assert command.returncode == 130, err
+    assert msgspec.json.decode(out)["end"] == "interrupted"
 
 
 @pytest.mark.parametrize(

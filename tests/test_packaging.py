@@ -25,7 +25,7 @@ PAGE = {"web_page", "web_server"}
 ALLOWED = {"protocol": set(), "node": {"protocol"}, "tools": {"protocol"}, "training": {"protocol", "node", "tools"}}
 # The files of node/ that compute; all others run on a machine without torch.
 COMPUTING = {
-    *("answer", "arena", "attention", "branch", "choice", "decoding", "engine", "local", "memory", "model"),
+    *("answer", "arena", "attention", "branch", "choice", "decoding", "engine", "local", "machine", "memory", "model"),
     *("native_answers", "passes", "preprocess", "random_checkpoint", "reference", "verify", "vram"),
     *("bench", "bench_engine", "bench_naive", "bench_profile", "bench_report", "bench_wire"),
     *("ceilings", "published", "published_node", "stopwatch"),

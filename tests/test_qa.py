@@ -8,6 +8,7 @@ from commands import Ended, onlooker
 from oracle import running_oracle
 
 from onlooker.tools.qa import Sockets
+from onlooker.tools.report import page_of
 from onlooker.tools.scenario import Part, Setting, comparison, rounds_scenario, stories_scenario
 
 ROUNDS = rounds_scenario(0, 1, Setting("native", 2))
@@ -91,6 +92,7 @@ def test_layouts_are_compared():
     flags = ("--compare", "layouts", "--streams", 1, "--chunks", 2, "--questions", 2, "--json")
     report = asked_of(parts, *flags).json
     assert [row["layout"] for row in report["comparison"]] == ["native", "turns"]
+    assert "4 of 4" in page_of(report, "").verdict.text
     assert report["score"]["all"] == {"num": 4, "of": 4}
 
 

@@ -295,3 +295,13 @@ def test_three_rounds_ask_for_colour_all_and_last():
         shown = [[t.name for t in r.story.things if t.is_visible(r.times_s[1])] for r in rounds]
         assert shown == [["red circle"], ["blue square"], ["green triangle"]]
     assert next(three_rounds(0)).story != next(three_rounds(1)).story
+
+
+@pytest.mark.parametrize("text", ["at 6 seconds", "at 7 seconds", "At 8 seconds.", " at 7 second "])
+def test_a_time_may_be_a_second_off(text: str):
+    assert is_right(Quiz("when_x", "", "at 7 seconds", ()), text)
+
+
+@pytest.mark.parametrize("text", ["at 5 seconds", "at 9 seconds", "at seven seconds", "7", "at -7 seconds", "at 7"])
+def test_a_time_farther_off_or_in_other_words_is_wrong(text: str):
+    assert not is_right(Quiz("when_x", "", "at 7 seconds", ()), text)

@@ -13,6 +13,7 @@ from onlooker.node.layout import LAYOUTS, LayoutState, NativeLayout, Patches, Sp
 from onlooker.node.memory import StreamMemory
 from onlooker.node.native_answers import Compared
 from onlooker.node.verify import Check, main, verify, verify_answers
+from onlooker.tools.report import page_of
 
 
 def missed(checks: list[Check]) -> set[str]:
@@ -93,5 +94,19 @@ def test_the_command_reports_as_json_and_by_its_status(checkpoints: Checkpoints,
     assert main(["--model", path, "--device", "cpu", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["passed"] and len(document["checks"]) == 57
+    assert document["machine"]["command"] == f"onlooker verify --model {path} --device cpu --json"
+    assert page_of(document, "").verdict == (True, "All 57 checks hold")
     assert main(["--model", path, "--device", "cpu", "--bound", "1e-12"]) == 1
     assert "MISS" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_not_there_is_a_line_and_status_1(capsys: pytest.CaptureFixture[str]):
+    assert main(["--model", "./no-such-folder", "--device", "cpu"]) == 1
+    assert capsys.readouterr().err.startswith("onlooker verify: ./no-such-folder cannot be loaded: ")
+
+
+def test_a_device_that_nobody_has_is_a_mistake_in_the_arguments(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as error:
+        main(["--device", "gpu"])
+    assert error.value.code == 2
+    assert "auto, cpu, cuda" in capsys.readouterr().err

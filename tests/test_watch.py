@@ -84,6 +84,12 @@ def test_silence_is_measured_in_the_node_s_own_periods(view: View) -> None:
     assert not view.is_online(150.0)
 
 
+def test_a_report_that_comes_early_after_a_late_one_makes_no_short_period(view: View) -> None:
+    for uptime_s in (100.0, 102.9, 103.0):  # a report a second; one of them was late
+        view.take(node_stats(uptime_s=uptime_s), now=uptime_s)
+    assert view.is_online(104.0)
+
+
 def test_before_the_first_record_the_node_is_offline() -> None:
     assert "node offline" in drawn(View("tcp://127.0.0.1:1"), now=0.0)
 

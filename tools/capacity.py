@@ -34,6 +34,7 @@ from ..protocol.messages import NodeStats, StreamSpec, StreamStats, Vram, or_uns
 from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT, FRAMES_ENDPOINT
 from .capacity_plot import plot_capacity
 from .capacity_report import Aftermath, CapacityReport, End, Round, comparisons, findings, recommendations
+from .commands import EXIT_INTERRUPTED
 from .connection import (
     AskOption,
     ClientKeyOption,
@@ -51,6 +52,7 @@ from .connection import (
 from .feed import Feed, Stamp
 from .interrupt import ending_on_signal
 from .link import LOSSLESS_IN_FLIGHT, NoSubscriberError, stats_of
+from .machine import machine
 from .node import require_node
 from .node_process import NODE_MODULE, running_node
 from .playback import POLL_S, STALLED_AFTER_S, StalledError
@@ -166,7 +168,10 @@ def capacity(
     client_key: ClientKeyOption = None,
     timeout_s: TimeoutOption = 60.0,
 ) -> None:
-    """Find out how much of a video a node can remember."""
+    """Find out how much of a video a node can remember.
+
+    `onlooker report` makes a page of its JSON.
+    """
     if model is not None and config is not None:
         raise typer.BadParameter("a model has its own sizes: give one of the two", param_hint="--config")
     if plot is not None:
@@ -193,11 +198,14 @@ def capacity(
         stack.enter_context(ending_on_signal(stop))
         report = measure_capacity(source, route, options, say, stop)
     if is_json:
-        sys.stdout.write(_document(report).decode() + "\n")
+        is_own_node = model is not None or config is not None
+        sys.stdout.write(_document(report, machine(report.device, is_own_node=is_own_node)).decode() + "\n")
     else:
         _print(report)
     if plot is not None:
         plot_capacity(report, plot)
+    if report.end == "interrupted":
+        raise typer.Exit(EXIT_INTERRUPTED)
 
 
 def measure_capacity(
@@ -267,6 +275,8 @@ class Sender:
         num = 0
         for frame in frames:
             self._wait_done(self._feed.num_sent + 1 - LOSSLESS_IN_FLIGHT)
+            if self._stop.is_set():
+                break
             self._feed.send(frame.pixels, Stamp(frame.media_ns, "media"))
             num += 1
         self._wait_done(self._feed.num_sent - (self._chunk_frames - 1))
@@ -517,12 +527,13 @@ def _size(text: str) -> tuple[int, int]:
 # What is shown
 
 
-def _document(report: CapacityReport) -> bytes:
-    """The report with what follows from it, as JSON."""
+def _document(report: CapacityReport, facts: dict[str, str]) -> bytes:
+    """The report with what follows from it and what it holds for, as JSON."""
     document = msgspec.to_builtins(report) | {
         "compared": comparisons(report),
         "findings": findings(report),
         "recommendations": recommendations(report),
+        "machine": facts,
     }
     return msgspec.json.encode(document)
 

@@ -55,7 +55,7 @@ def _draw_memory(report: CapacityReport, axes: Axes) -> None:
         known = [value for value in values if isinstance(value, int)]
         if len(known) == len(rounds) and max(known) <= MAX_HEADROOM * used:
             axes.plot(frames, [value / scale for value in known], ".-", label=label)
-    axes.set_ylabel(unit)
+    axes.set_ylabel(f"memory, {unit}")
     _finish(axes)
 
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "qa": Entry("qa", "Ask a node questions with known answers, and score what it says."),
     "bench": Entry("bench", "Measure encoding and answering on this machine, beside their limits."),
     "capacity": Entry("capacity", "Find out how much of a video a node can remember."),
+    "report": Entry("report", "Make a page of the JSON of qa, capacity, bench or verify: one file, with its plots."),
     "replay": Entry("replay", "Publish video files to a node, as cameras would, or repeat a recorded session."),
     "camera": Entry("camera", "Publish a webcam or a network camera to a node."),
     "ask": Entry("ask", "Ask about what a stream has shown."),

@@ -30,6 +30,7 @@ from ..protocol.client import NodeClient
 from ..protocol.messages import Answer, Choice, Provenance, StreamStats
 from ..protocol.telemetry import TelemetrySubscriber
 from .ask import seconds_known, visible
+from .check import Check, checks_table
 from .commands import EXIT_FAILED
 from .connection import JsonOption
 from .link import LOSSLESS_IN_FLIGHT, Link
@@ -88,14 +89,6 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     answer: str
     while_playing: bool  # whether pictures were still coming when the answer was there
     reply: Answer | Choice
-
-
-class Check(msgspec.Struct, frozen=True, kw_only=True):
-    """A promise, whether it held, and the figures that say so."""
-
-    promise: str
-    held: bool
-    figures: str
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -339,7 +332,7 @@ def _print(report: Report) -> None:
         f"{report.model} on {report.device}: {stream.cache.num_frames} frames in "
         f"{bytes_text(stream.cache.logical_bytes)} of memory; {report.num_records} records of telemetry"
     )
-    console.print(_checks_table(report.checks))
+    console.print(checks_table(report.checks))
     if report.notice:
         console.print(Text(report.notice, style="yellow"))
     console.print(f"{'All of it held' if report.held else 'NOT all of it held'}, in {seconds_text(report.seconds)}.")
@@ -365,11 +358,3 @@ def _questions_table(report: Report) -> Table:
 def _knowledge_text(memory: Provenance) -> str:
     span = seconds_text(seconds_known(memory))
     return f"{memory.num_frames} frames of {span}"
-
-
-def _checks_table(checks: Sequence[Check]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for check in checks:
-        verdict = Text("held", style="green") if check.held else Text("FAILED", style="bold red")
-        table.add_row(verdict, check.promise, Text(check.figures))
-    return table

@@ -17,7 +17,7 @@ from msgspec import UNSET
 
 from ..protocol.client import NodeClient
 from ..protocol.messages import CacheInfo
-from .demo import Check
+from .check import Check
 from .link import Link
 from .scenario import Part
 from .score import ChoiceScore, Count, Score, SettingScore, compare, score, score_choices

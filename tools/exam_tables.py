@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .ask import visible
+from .check import checks_table
 from .exam import Report
 from .quantity import bytes_text, ms_text, seconds_text
 from .score import ChoiceScore, Count, Score, SettingScore
@@ -25,26 +26,28 @@ def print_report(report: Report) -> None:
     console = Console()
     asked = report.asked
     if len(asked) <= MAX_LISTED and report.scenario == "rounds":
-        console.print(_questions_table("Questions and answers", asked))
+        console.print(questions_table("Questions and answers", asked))
     elif mistakes := [each for each in asked if not each.right]:
         title = f"Mistakes, the first {MAX_MISTAKES} of {len(mistakes)}"
-        console.print(_questions_table(title if len(mistakes) > MAX_MISTAKES else "Mistakes", mistakes[:MAX_MISTAKES]))
+        console.print(questions_table(title if len(mistakes) > MAX_MISTAKES else "Mistakes", mistakes[:MAX_MISTAKES]))
     if report.comparison:
-        console.print(_comparison_table(report.comparison))
+        console.print(comparison_table(report.comparison))
     if report.scenario != "rounds":
-        console.print(_kinds_table(report.score, report.storm and report.storm.score))
+        console.print(kinds_table(report.score, report.storm and report.storm.score))
         if not report.comparison:  # chunks of several sizes have no common length
-            console.print(_lengths_table(report.score))
+            console.print(lengths_table(report.score))
     if report.choices:
-        _print_choices(console, report.choices)
+        for table in choice_tables(report.choices):
+            console.print(table)
+        console.print(places_text(report.choices))
     console.print(f"{report.model} on {report.device}: {report.score.all} answers are right")
-    console.print(_checks_table(report))
+    console.print(checks_table(report.checks))
     if report.notice:
         console.print(Text(report.notice, style="yellow"))
     console.print(f"{'All of it held' if report.held else 'NOT all of it held'}, in {seconds_text(report.seconds)}.")
 
 
-def _questions_table(title: str, asked: Sequence[Asked]) -> Table:
+def questions_table(title: str, asked: Sequence[Asked]) -> Table:
     table = _table(title, "question", "wanted", "answer", "")
     for column in ("frames", "tokens", "bytes"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -69,7 +72,7 @@ def _answer_text(asked: Asked) -> str:
     return text if len(text) <= MAX_ANSWER_CHARS else text[: MAX_ANSWER_CHARS - 4] + " ..."
 
 
-def _kinds_table(score: Score, in_storm: Score | None) -> Table:
+def kinds_table(score: Score, in_storm: Score | None) -> Table:
     layouts = list(score.by_layout)
     table = _table("Right answers by kind", "kind", *layouts, "all")
     stormy = {row.kind: row.all for row in in_storm.kinds} if in_storm else {}
@@ -84,7 +87,7 @@ def _kinds_table(score: Score, in_storm: Score | None) -> Table:
     return table
 
 
-def _lengths_table(score: Score) -> Table:
+def lengths_table(score: Score) -> Table:
     layouts = list(score.by_layout)
     table = _table("Right answers by length of the memory", "chunks", *layouts, "all")
     for row in score.lengths:
@@ -101,7 +104,7 @@ def _share_text(count: Count) -> str:
     return f"{count.share:6.1%}  {count.num}/{count.of}" if count.of else "-"
 
 
-def _comparison_table(rows: Sequence[SettingScore]) -> Table:
+def comparison_table(rows: Sequence[SettingScore]) -> Table:
     table = _table("The same stories in every setting, frames a chunk", "layout", "chunk", "right")
     for column in ("frames", "tokens", "memory", "encode a frame", "first token", "answer"):
         table.add_column(column, justify="right")
@@ -124,7 +127,8 @@ def _ms_text(milliseconds: float) -> str:
     return "-" if math.isnan(milliseconds) else ms_text(milliseconds)
 
 
-def _print_choices(console: Console, choices: ChoiceScore) -> None:
+def choice_tables(choices: ChoiceScore) -> list[Table]:
+    """How often the choices were right, by the way to rank; and whether they lean to a length or to a place."""
     ranked = _table("Choices, by the way to rank", "rank by", "right", "as the free answer")
     leans = _table(
         "Wrong choices beside the right option's length in tokens, and as many as a blind pick would make",
@@ -142,20 +146,17 @@ def _print_choices(console: Console, choices: ChoiceScore) -> None:
             f"{row.num_longer}, {row.longer_expected:.1f} (p = {row.longer_p:.2g})",
             row.statement,
         )
-    places = _table("Choices by place in the list", "place", "chosen", "right one there", "by chance")
+    places = _table("Choices by place in the list", "place")
+    for column in ("chosen", "right one there", "by chance"):
+        places.add_column(column, justify="right")
     for place in choices.places:
         places.add_row(str(place.index + 1), str(place.chosen), str(place.right), f"p = {place.p:.2g}")
-    for table in (ranked, leans, places):
-        console.print(table)
-    console.print("no place is preferred beyond chance" if choices.is_place_neutral else "A PLACE IS PREFERRED")
+    return [ranked, leans, places]
 
 
-def _checks_table(report: Report) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for check in report.checks:
-        verdict = Text("held", style="green") if check.held else Text("FAILED", style="bold red")
-        table.add_row(verdict, check.promise, Text(check.figures))
-    return table
+def places_text(choices: ChoiceScore) -> str:
+    """Whether the choices lean to a place, in words."""
+    return "no place is preferred beyond chance" if choices.is_place_neutral else "A PLACE IS PREFERRED"
 
 
 def _table(title: str, *columns: str) -> Table:

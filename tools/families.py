@@ -76,7 +76,7 @@ def _states(state: str, all_states: Iterable[str]) -> list[Sample]:
     return [Sample(float(each == state), (each,)) for each in dict.fromkeys((*all_states, state))]
 
 
-# ------------------------------------------------------------------------------------------------ the node
+# Of the node
 
 INFO = Family[Hello](
     "onlooker_node_info",
@@ -175,7 +175,7 @@ def _torch(vram: Vram) -> dict[str, float | UnsetType]:
     }
 
 
-# ---------------------------------------------------------------------------------------------- its streams
+# Of its streams
 
 STREAM_STATE = Family[StreamStats](
     "onlooker_stream_state",
@@ -274,7 +274,7 @@ def _stages(stages: StageTimings) -> dict[str, float | UnsetType]:
     return {name.removesuffix("_ms"): getattr(stages, name) for name in stages.__struct_fields__}
 
 
-# -------------------------------------------------------------------------------------------- the exporter
+# Of the exporter
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,8 @@ class NodeProcessError(OnlookerError):
 class NodeProcess:
     """`python -m onlooker.node` with free ports on the loopback interface, ready for questions.
 
-    The environment's own settings of nodes are kept from it: it is the same on every machine.
+    The environment's own settings of nodes are kept from it: it is the same on every machine. A terminal's Ctrl-C
+    reaches whoever started it alone, who ends it once it is not needed any more.
     """
 
     def __init__(self, arguments: Sequence[str], log: Path, module: str = NODE_MODULE) -> None:
@@ -42,7 +43,7 @@ class NodeProcess:
         self.end_s: float | None = None  # how long it took to end when it was asked to
         command = [sys.executable, "-m", module, "--print-ready", *_free_ports(), *arguments]
         environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("ONLOOKER_")}
-        with log.open("wb") as stderr:
+        with log.open("wb") as stderr, _interrupts_held_back():
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, env=environment
             )
@@ -111,6 +112,16 @@ def running_node(arguments: Sequence[str], log: Path, module: str = NODE_MODULE)
         raise NodeProcessError(f"the node ended by itself; its log ends with:\n{node.log_end()}") from error
     finally:
         node.kill()
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Block SIGINT on this thread; a process that is started meanwhile never gets one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _free_ports() -> list[str]:

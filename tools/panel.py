@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 SIZE_INCHES = (5.0, 3.4)  # so that its letters can still be read where it is as narrow as a phone
 
 # Letters stay letters: they can be searched for and read out. Names from outside are not formulas.
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "onlooker",  # the same plot is the same text
     "text.parse_math": False,
     "font.size": 10,
     "legend.fontsize": 9,
-    "legend.framealpha": 0.0,
+    "legend.framealpha": 0.6,
+    "legend.edgecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
 }

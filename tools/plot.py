@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..protocol.errors import OnlookerError
 from .panel import Panel
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 COLOURS = {"native": "#0b6bb3", "turns": "#d1690e"}
 MARKERS = {"native": "o", "turns": "s"}
 Z_95 = 1.96
+INTERVAL = "bars: 95 % interval"
 
 
 class PlotError(OnlookerError):
@@ -54,6 +55,11 @@ def lengths_panel(score: Score) -> Panel:
     return Panel("Right answers by the length of the memory", partial(_draw_lengths, score))
 
 
+def kinds_panel(score: Score) -> Panel:
+    """The share of right answers to each kind of question, by layout."""
+    return Panel("Right answers by kind", partial(_draw_kinds, score))
+
+
 def settings_panels(rows: Sequence[SettingScore]) -> list[Panel]:
     """Accuracy, memory, encoding and answering time of each setting."""
     return [
@@ -77,6 +83,28 @@ def _draw_lengths(score: Score, axes: Axes) -> None:
     _finish_shares(axes)
 
 
+def _draw_kinds(score: Score, axes: Axes) -> None:
+    layouts = list(score.by_layout)
+    for i, layout in enumerate(layouts):
+        known = [(n, each.by_layout[layout]) for n, each in enumerate(score.kinds) if layout in each.by_layout]
+        axes.errorbar(
+            [100 * count.share for _, count in known],
+            [n + 2 * _shift(i, len(layouts)) for n, _ in known],
+            xerr=_bars([count for _, count in known]),
+            color=COLOURS[layout],
+            marker=MARKERS[layout],
+            markersize=4,
+            linestyle="none",
+            label=layout,
+        )
+    axes.set_yticks(range(len(score.kinds)), [each.kind for each in score.kinds], fontsize=8)
+    axes.set_ylim(len(score.kinds) - 0.5, -0.5)
+    axes.set_xlim(-3, 103)
+    axes.set_xlabel("right answers, %")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=2, title=INTERVAL, frameon=False)
+
+
 def _draw_accuracy(rows: Sequence[SettingScore], axes: Axes) -> None:
     for layout, its, places in _lines(rows):
         _draw_shares(axes, [row.right for row in its], layout, places)
@@ -89,11 +117,15 @@ def _draw_memory(rows: Sequence[SettingScore], axes: Axes) -> None:
         _draw_line(axes, places, [row.tokens for row in its], layout)
     bytes_per_token = max(row.logical_bytes / row.tokens for row in rows)
     axes.set_ylabel("tokens at the end of a stream")
-    right = axes.secondary_yaxis(
-        "right", functions=(lambda n: n * bytes_per_token / 1e6, lambda mb: mb * 1e6 / bytes_per_token)
-    )
+    megabytes = bytes_per_token / 1e6
+    right = axes.secondary_yaxis("right", functions=(partial(_times, megabytes), partial(_times, 1 / megabytes)))
     right.set_ylabel("MB of keys and values")
     _finish_amounts(axes, rows)
+
+
+def _times(factor: float, values: Any) -> Any:
+    """Of a number or an array of them."""
+    return factor * values
 
 
 def _draw_encoding(rows: Sequence[SettingScore], axes: Axes) -> None:
@@ -142,20 +174,22 @@ def _figure(width: float, height: float) -> Figure:
 def _draw_shares(axes: Axes, counts: Sequence[Count], layout: str, places: Sequence[float]) -> None:
     """Shares in per cent with 95 % intervals; a place where nothing was asked is left out."""
     known = [(x, count) for x, count in zip(places, counts, strict=True) if count.of]
-    shares = [100 * count.share for _, count in known]
-    ends = [wilson(count) for _, count in known]
-    below = [share - 100 * low for share, (low, _) in zip(shares, ends, strict=True)]
-    above = [100 * high - share for share, (_, high) in zip(shares, ends, strict=True)]
     total = sum(count.of for _, count in known)
     axes.errorbar(
         [x for x, _ in known],
-        shares,
-        yerr=[below, above],
+        [100 * count.share for _, count in known],
+        yerr=_bars([count for _, count in known]),
         color=COLOURS[layout],
         marker=MARKERS[layout],
         capsize=3,
         label=f"{layout} ({total} questions)",
     )
+
+
+def _bars(counts: Sequence[Count]) -> list[list[float]]:
+    """How far the 95 % intervals of shares reach below them and above them, in per cent."""
+    ends = [(count.share, *wilson(count)) for count in counts]
+    return [[100 * (share - low) for share, low, _ in ends], [100 * (high - share) for share, _, high in ends]]
 
 
 def _draw_line(
@@ -172,9 +206,9 @@ def _draw_line(
 
 
 def _finish_shares(axes: Axes) -> None:
-    axes.set_ylabel("right answers, % (bars: 95 % interval)")
+    axes.set_ylabel("right answers, %")
     axes.set_ylim(-3, 103)
-    axes.legend(loc="best")
+    axes.legend(loc="best", title=INTERVAL)
 
 
 def _finish_amounts(axes: Axes, rows: Sequence[SettingScore]) -> None:

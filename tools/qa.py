@@ -40,6 +40,7 @@ from .connection import (
 from .exam import Plan, Report, as_it_comes, examine
 from .exam_tables import print_report
 from .link import LOSSLESS_IN_FLIGHT, Link
+from .machine import machine
 from .node import require_node
 from .node_process import running_node
 from .plot import check_plot, plot_lengths, plot_settings
@@ -114,7 +115,10 @@ def qa(
     client_key: ClientKeyOption = None,
     timeout_s: TimeoutOption = 60.0,
 ) -> None:
-    """Ask a node questions with known answers, and score what it says."""
+    """Ask a node questions with known answers, and score what it says.
+
+    `onlooker report` makes a page of its JSON.
+    """
     is_stories = scenario == "stories" or compare is not None
     default_chunks = COMPARED_CHUNKS if compare else STORIES_CHUNKS
     extent = Extent(seed, rounds, streams, _lengths(chunks or default_chunks), questions)
@@ -138,7 +142,8 @@ def qa(
     with _sockets(model, device, Sockets(frames, ask, control)) as sockets:
         report = examine_at(sockets, plan, keys, timeout_s, is_quiet=is_json)
     if is_json:
-        typer.echo(msgspec.json.encode(report).decode())
+        document = msgspec.to_builtins(report) | {"machine": machine(report.device, is_own_node=model is not None)}
+        typer.echo(msgspec.json.encode(document).decode())
     else:
         print_report(report)
     if plot:

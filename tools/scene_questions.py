@@ -8,6 +8,7 @@ A thing counts as seen when at least one of the frames shown has it; "now" is th
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,11 +30,14 @@ MAX_ASIDE = 0.07  # from the middle of the frame, for a thing in the "middle"
 MIN_ASIDE = 0.13  # for one on the left, right, top or bottom
 CLOCK_GRACE_S = 0.05  # a camera that is some milliseconds early must not fall a second back
 MAX_CORPUS_S = 99
+MAX_SECONDS_OFF = 1
 # Where one answer would come too often, most of its questions are dropped:
 EMPTY_SEEN_SHARE = 0.1  # has x appeared, before anything did
 EMPTY_VIEW_SHARE = 0.5  # what is visible, and is x, with nothing in view
 END_SHARE = 0.25  # what came before the first thing, or after the last
 STILL_SHARE = 0.3  # which way does it move, of a thing that stands still
+
+_MOMENT = re.compile(r"at (\d{1,6}) seconds?")
 
 NOTHING_NOW = "nothing"
 NOTHING_YET = "nothing yet"
@@ -52,9 +56,12 @@ class Quiz:
 def is_right(quiz: Quiz, text: str) -> bool:
     """Whether a text is the answer: case, spaces, articles and a final full stop apart, word for word.
 
-    Of two things that are in view together, either may be named first.
+    Of two things that are in view together, either may be named first. A time may be a second off: a model sees
+    frames in pairs, and the two of a pair have one time.
     """
     given, wanted = _plain(text), _plain(quiz.answer)
+    if quiz.kind == "when_x" and (told := _MOMENT.fullmatch(given)) and (meant := _MOMENT.fullmatch(wanted)):
+        return abs(int(told[1]) - int(meant[1])) <= MAX_SECONDS_OFF
     if quiz.kind == "what_now" and len(parts := wanted.split(" and ")) == 2:
         return given in (wanted, " and ".join(reversed(parts)))
     return given == wanted

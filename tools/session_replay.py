@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from msgspec import UNSET
@@ -196,23 +197,12 @@ class _Pace:
         due = self._started + (at_ns - self._first_ns) / 1e9 / self._rate
         return not stop.wait(max(0.0, due - time.monotonic()))
 
-    def held(self) -> _Hold:
+    @contextmanager
+    def held(self) -> Iterator[None]:
         """For the time of a `with`, no time passes for the frames."""
-        return _Hold(self)
-
-    def shift(self, seconds: float) -> None:
-        self._started += seconds
-
-
-class _Hold:
-    def __init__(self, pace: _Pace) -> None:
-        self._pace = pace
-
-    def __enter__(self) -> None:
-        self._began = time.monotonic()
-
-    def __exit__(self, *exc: object) -> None:
-        self._pace.shift(time.monotonic() - self._began)
+        began = time.monotonic()
+        yield
+        self._started += time.monotonic() - began
 
 
 def _until(condition: Callable[[], bool], timeout_s: float) -> bool:

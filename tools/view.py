@@ -24,9 +24,9 @@ class View:
     stats: NodeStats | None = None
     streams: dict[str, StreamStats] = field(default_factory=dict)
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=MAX_EVENTS))
-    period_s: float = DEFAULT_PERIOD_S
     _heard: float | None = None
-    _stats_heard: float | None = None
+    # A report that was late is followed by one that comes early: the larger of two is no less than the period.
+    _periods_s: deque[float] = field(default_factory=lambda: deque([DEFAULT_PERIOD_S], maxlen=2))
 
     def take(self, record: Hello | NodeStats | StreamStats | Event | None, now: float) -> None:
         """Note a record. A node that was restarted is known by its session, and starts from nothing."""
@@ -35,7 +35,7 @@ class View:
             case Hello():
                 self._take_hello(record)
             case NodeStats():
-                self._take_stats(record, now)
+                self._take_stats(record)
             case StreamStats():
                 self.streams[record.stream] = record
             case Event():
@@ -49,15 +49,20 @@ class View:
         self.streams = {name: stats for name, stats in self.streams.items() if name in hello.streams}
         self.hello = hello
 
-    def _take_stats(self, stats: NodeStats, now: float) -> None:
-        if self.stats and self._stats_heard is not None and stats.uptime_s > self.stats.uptime_s:
-            self.period_s = stats.uptime_s - self.stats.uptime_s
-        self.stats, self._stats_heard = stats, now
+    def _take_stats(self, stats: NodeStats) -> None:
+        if self.stats and stats.uptime_s > self.stats.uptime_s:
+            self._periods_s.append(stats.uptime_s - self.stats.uptime_s)
+        self.stats = stats
 
     def _take_event(self, event: Event) -> None:
         self.events.append(event)
         if event.kind == "stream_removed" and event.stream is not UNSET:
             self.streams.pop(event.stream, None)
+
+    @property
+    def period_s(self) -> float:
+        """Seconds between two reports of the node."""
+        return max(self._periods_s)
 
     def silent_s(self, now: float) -> float:
         """Seconds since the last record; infinite before the first."""
