@@ -112,6 +112,7 @@ class CapacityOptions:
             stride=1,
             chunk_frames=self.chunk_frames,
             memory_bytes=memory_bytes,
+            retention="stop",  # how much fits is the question
             encode_width=or_unset(width),
             encode_height=or_unset(height),
         )

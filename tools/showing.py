@@ -118,7 +118,13 @@ class _Stage:
         """Add the stream, show the script, and remove the stream, whatever happens."""
         setting = self._setting
         self._node.add_stream(
-            StreamSpec(stream=self._stream, chunk_frames=setting.chunk_frames, layout=setting.layout, stride=1)
+            StreamSpec(
+                stream=self._stream,
+                chunk_frames=setting.chunk_frames,
+                layout=setting.layout,
+                stride=1,
+                retention="stop",  # all that was shown is asked about
+            )
         )
         try:
             with link.open([self._stream]) as (_, (publisher,)):
