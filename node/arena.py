@@ -88,27 +88,30 @@ class Arena:
         self.values[layer][start:stop].copy_(value.transpose(0, 1))
 
     @torch.inference_mode()
-    def gather(self, rows: np.ndarray, to: int) -> None:
+    def gather(self, rows: np.ndarray, to: int, num_at_once: int = _ROWS_AT_ONCE) -> None:
         """Move rows down in every layer: row `to + i` becomes what rows[i] holds.
 
         rows (n,), int64, ascend, and none lies below its place. Works in place, by way of a small stage.
         Raises torch.OutOfMemoryError before anything has moved.
         """
         assert to + len(rows) <= self.capacity and bool((rows >= np.arange(to, to + len(rows))).all()), (to, rows)
-        moves = {device: self._moves(rows, device) for device in dict.fromkeys(self.shape.layer_devices)}
+        moves = {
+            device: self._moves(rows, min(len(rows), num_at_once), device)
+            for device in dict.fromkeys(self.shape.layer_devices)
+        }
         for tensors in (self.keys, self.values):
             for tensor, device in zip(tensors, self.shape.layer_devices, strict=True):
                 index, stage = moves[device]
-                for first in range(0, len(rows), _ROWS_AT_ONCE):
-                    some = index[first : first + _ROWS_AT_ONCE]
+                for first in range(0, len(rows), num_at_once):
+                    some = index[first : first + num_at_once]
                     staged = stage[: len(some)]
                     # Later rows are read from no lower than their own places, which these never reach.
                     torch.index_select(tensor, 0, some, out=staged)
                     tensor[to + first : to + first + len(some)].copy_(staged)
 
-    def _moves(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _moves(self, rows: np.ndarray, num_staged: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Where rows come from, and the stage that they go through."""
-        shape, num_staged = self.shape, min(len(rows), _ROWS_AT_ONCE)
+        shape = self.shape
         stage = torch.empty(num_staged, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype, device=device)
         return torch.from_numpy(rows).to(device), stage
 

@@ -1,5 +1,8 @@
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from onlooker.node.arena import Arena, KVShape
 
@@ -89,3 +92,17 @@ def test_an_empty_memory_has_an_empty_fingerprint():
 def test_memory_that_cannot_be_had_is_an_error_not_a_crash():
     with pytest.raises(RuntimeError):
         arena(capacity=1 << 56, layers=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(to=st.integers(0, 64), kept=st.lists(st.booleans(), min_size=64, max_size=64), num_at_once=st.integers(1, 70))
+def test_rows_that_are_gathered_keep_their_bits_in_every_layer(to: int, kept: list[bool], num_at_once: int):
+    whole = arena(dtype=torch.bfloat16)
+    before = [tensor.clone() for tensor in (*whole.keys, *whole.values)]
+    rows = np.flatnonzero(kept)
+    rows = rows[rows >= to]
+    whole.gather(rows, to, num_at_once)
+    for now, then in zip((*whole.keys, *whole.values), before, strict=True):
+        assert torch.equal(now[to : to + len(rows)], then[rows])
+        assert torch.equal(now[:to], then[:to])
+        assert torch.equal(now[to + len(rows) :], then[to + len(rows) :])

@@ -268,5 +268,5 @@ def test_what_a_full_memory_does_is_a_setting_of_the_node_and_of_each_stream():
     assert config.spec_options(StreamSpec(stream="front")).retention == "window"
     assert config.spec_options(StreamSpec(stream="front", retention="thin")).retention == "thin"
     assert load().spec_options(StreamSpec(stream="front")).retention == "stop"
-    with pytest.raises(ConfigError, match="stream_defaults.retention"):
+    with pytest.raises(ConfigError, match=r"stream_defaults\.retention"):
         load(overrides={"stream_defaults.retention": "never"})

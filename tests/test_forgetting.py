@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from one_pass import OnePass, Prompt
 
+from onlooker.node.arena import Arena
 from onlooker.node.branch import Branch, Scratch
 from onlooker.node.chunk import Chunk, ChunkRefused
 from onlooker.node.layout import LAYOUTS
@@ -230,6 +231,26 @@ def test_a_chunk_that_fails_after_others_were_forgotten_for_it_leaves_a_sound_me
     model.fail_with = None
     assert 0 < stream.now.num_chunks < seq // 2
     assert stream.append(chunk(seq)).num_forgotten_frames == stream.now.forgotten.num_frames > 0
+
+
+def test_a_device_without_memory_for_moving_rows_refuses_the_chunk_and_nothing_has_moved(
+    model: DirectedModel, monkeypatch: pytest.MonkeyPatch
+):
+    def no_stage(self: Arena, *_: object) -> None:
+        raise torch.OutOfMemoryError("no stage")
+
+    stream = memory(model, "window")
+    seq = 0
+    while not stream.must_forget(chunk(seq)):
+        stream.append(chunk(seq))
+        seq += 2
+    before, now = arena(stream), stream.now
+    with monkeypatch.context() as patch, pytest.raises(ChunkRefused, match="no stage") as refused:
+        patch.setattr(Arena, "_moves", no_stage)
+        stream.append(chunk(seq))
+    assert refused.value.reason == "out_of_memory"
+    assert stream.now == now and are_equal(arena(stream), before)
+    stream.append(chunk(seq))
 
 
 def test_seconds_in_the_memory_and_forgotten_add_up(model: DirectedModel):
