@@ -45,8 +45,8 @@ class FramePublisher:
         *,
         connect: str | None = None,
         bind: str | None = None,
-        server_key: Path | None = None,
-        client_key: Path | None = None,
+        server_key: str | Path | None = None,
+        client_key: str | Path | None = None,
         context: zmq.Context | None = None,
         lossless: bool = False,
         send_timeout_s: float = 30.0,
@@ -81,7 +81,7 @@ class FramePublisher:
         # A server refuses strangers, which is not its own failure: it watches nothing.
         self._monitor = None if self._is_server else HandshakeMonitor(self._socket)
         try:
-            self._attach(peer=server_key, own=client_key)
+            self._attach(*(None if key is None else Path(key) for key in (server_key, client_key)))
         except BaseException:
             self.close()
             raise

@@ -78,8 +78,8 @@ class NodeClient:
         *,
         frames: str = FRAMES_ENDPOINT,
         timeout_s: float = 30.0,
-        server_key: Path | None = None,
-        client_key: Path | None = None,
+        server_key: str | Path | None = None,
+        client_key: str | Path | None = None,
         context: zmq.Context | None = None,
     ) -> None:
         """Connect lazily: a node that is not there yet is an error of the first request, not of this."""

@@ -47,7 +47,7 @@ class Credentials:
     pair: KeyPair
 
 
-def load_credentials(server_key: Path | None, client_key: Path | None) -> Credentials | None:
+def load_credentials(server_key: str | Path | None, client_key: str | Path | None) -> Credentials | None:
     """Read a server's public key and a client's own secret key; None if neither is given.
 
     Raises OSError, or ValueError for one without the other and for files that are no such keys.
@@ -56,7 +56,7 @@ def load_credentials(server_key: Path | None, client_key: Path | None) -> Creden
         return None
     if server_key is None or client_key is None:
         raise ValueError("server_key and client_key go together")
-    return Credentials(load_public(server_key), load_keypair(client_key))
+    return Credentials(load_public(Path(server_key)), load_keypair(Path(client_key)))
 
 
 def generate() -> KeyPair:

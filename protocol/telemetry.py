@@ -32,8 +32,8 @@ class TelemetrySubscriber:
         endpoint: str = TELEMETRY_ENDPOINT,
         *,
         kinds: Iterable[str] | None = None,
-        server_key: Path | None = None,
-        client_key: Path | None = None,
+        server_key: str | Path | None = None,
+        client_key: str | Path | None = None,
         context: zmq.Context | None = None,
     ) -> None:
         """Connect, now or as soon as the node is there. Raises OSError or ValueError for unusable keys."""

@@ -154,3 +154,9 @@ def test_credentials_are_two_files_or_none(tmp_path: Path) -> None:
     for given in ((server_key, None), (None, client_key)):
         with pytest.raises(ValueError, match="together"):
             load_credentials(*given)
+
+
+def test_keys_may_be_named_by_strings(tmp_path: Path) -> None:
+    public, _ = write_keypair(tmp_path, "node", generate())
+    _, secret = write_keypair(tmp_path, "camera", generate())
+    assert load_credentials(str(public), str(secret)) == load_credentials(public, secret)

@@ -141,6 +141,13 @@ def test_telemetry_that_says_otherwise_or_nothing_fails_the_demo() -> None:
     assert not check_telemetry(stream_stats(frames=counters()), view).held
 
 
+def test_the_clip_is_kept_only_where_it_can_be(tmp_path: Path) -> None:
+    nowhere = onlooker("demo", "--save", tmp_path / "none" / "clip.mp4")
+    assert nowhere.status == 2 and "there is no folder" in nowhere.err
+    other = onlooker("demo", "--save", tmp_path / "clip.mp4", "--video", tmp_path / "mine.mp4")
+    assert other.status in (1, 2) and not list(tmp_path.iterdir())
+
+
 def test_a_video_that_cannot_be_read_is_refused_before_a_node_is_started(tmp_path: Path) -> None:
     ended = onlooker("demo", "--video", tmp_path / "none.mp4")
     assert ended.status == 1

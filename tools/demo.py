@@ -114,6 +114,9 @@ def demo(
     video: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A video of your own, of which the first 20 s are played.")
     ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep the clip, an mp4, with its truth as JSON beside it.")
+    ] = None,
     is_json: JsonOption = False,
 ) -> None:
     """Show it all in one terminal: a node, a clip, three questions, the telemetry."""
@@ -122,6 +125,12 @@ def demo(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if video is not None:
         open_video(str(video)).close()
+    if save is not None:
+        if video is not None:
+            raise typer.BadParameter("--save keeps the demo's own clip, which --video replaces")
+        if not save.absolute().parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {save.absolute().parent}")
+        make_clip(save)
     report = run_demo(video, say=lambda text: None if is_json else typer.echo(text))
     if is_json:
         typer.echo(msgspec.json.encode(report).decode())

@@ -67,7 +67,9 @@ class LostFramesError(OnlookerError):
     def __init__(self, stream: str, lost: dict[str, int]) -> None:
         message = f"stream {stream} lost frames on the way into the memory: {reasons_text(lost)}"
         if "memory_full" in lost:
-            message += f"; make room with `onlooker reset {stream}`, or give the stream a larger memory_bytes"
+            message += (
+                f"; make room with `onlooker reset {stream}`, or give it a larger memory_bytes if positions are left"
+            )
         super().__init__(message)
 
 
