@@ -219,6 +219,9 @@ class StreamMemory:
             raise ChunkRefused("memory_full", f"a chunk of {num_tokens} tokens does not fit, {room} are left")
         can_start_over = retention.starts_over and not state.is_empty
         if next_position > self._model.max_positions and not can_start_over:
+            if not self._is_full:
+                name, num = self.options.name, self._model.max_positions
+                logger.warning("stream %s: the %d positions of its model are used up, until a reset", name, num)
             self._is_full = True
             raise ChunkRefused("memory_full", f"position {next_position} is past {self._model.max_positions}")
 

@@ -177,13 +177,19 @@ def test_starting_over_gives_the_positions_back_too(model: DirectedModel):
 
 
 @pytest.mark.parametrize("retention", FORGETFUL)
-def test_positions_end_also_for_a_memory_that_forgets(model: DirectedModel, retention: str):
+def test_positions_end_also_for_a_memory_that_forgets_and_the_log_says_so_once(
+    model: DirectedModel, retention: str, caplog: pytest.LogCaptureFixture
+):
     stream = memory(model, retention)
     stream.append(chunk(0))
     before = arena(stream)
-    with pytest.raises(ChunkRefused, match="position") as refused:
-        stream.append(chunk(10**6))
-    assert refused.value.reason == "memory_full" and stream.info().full
+    for _ in range(2):
+        with pytest.raises(ChunkRefused, match="position") as refused:
+            stream.append(chunk(10**6))
+        assert refused.value.reason == "memory_full" and stream.info().full
+    assert [record.getMessage() for record in caplog.records] == [
+        "stream front: the 32768 positions of its model are used up, until a reset"
+    ]
     assert are_equal(arena(stream), before)
 
 
