@@ -331,8 +331,7 @@ def test_a_paused_video_goes_on_where_it_was(screen: Screen, story: Path, tmp_pa
     screen.press("pause")
     sent = screen.wait("#progress", r"Paused: .* (\d+) frames")[1]
     assert int(sent) < 40
-    screen.choose("speed", "fastest")
-    screen.press("start")
+    screen.press("start")  # at the same speed: faster, it could be over before anybody has looked
     screen.wait("#progress", r"Playing: .* frames")
     screen.press("stop")
     screen.wait("#progress", r"Stopped: \d+ frames sent")
