@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FOLDERS := node protocol tools training
 
-.PHONY: install demo test check links constraints launch screenshots clean
+.PHONY: install demo test browser check links constraints launch screenshots clean
 
 install: $(STAMP)
 
@@ -17,6 +17,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The page of `onlooker web` in a real browser: a minute in which nothing else should run. Needs Chromium and its driver.
+browser: $(STAMP)
+	$(BIN)/python -m pytest -m browser tests/test_web_browser.py
 
 check: $(STAMP) links
 	$(BIN)/ruff check
@@ -34,9 +38,9 @@ launch: $(STAMP)
 	$(BIN)/onlooker metrics --dashboard > launch/grafana/onlooker.json
 	$(BIN)/onlooker metrics --rules > launch/prometheus/alerts.yml
 
-# The page of `onlooker web`, as a browser shows it. Needs Chromium and its driver.
+# The same, keeping what the browser shows.
 screenshots: $(STAMP)
-	SCREENSHOTS=docs $(BIN)/python -m pytest tests/test_web_browser.py
+	SCREENSHOTS=docs $(BIN)/python -m pytest -m browser tests/test_web_browser.py
 
 clean:
 	rm -rf $(VENV) build dist typings *.egg-info .pytest_cache .ruff_cache .hypothesis

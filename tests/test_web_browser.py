@@ -38,9 +38,10 @@ from onlooker.tools.scenes import write_clip
 from onlooker.tools.story import make_plain_story
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="there is no browser: apt install chromium chromium-driver"
-)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is no browser: apt install chromium chromium-driver"),
+]
 
 START_S = 60.0  # torch and gradio may have to be read from a cold disk
 PATIENCE_S = 20.0
