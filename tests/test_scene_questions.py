@@ -305,3 +305,12 @@ def test_a_time_may_be_a_second_off(text: str):
 @pytest.mark.parametrize("text", ["at 5 seconds", "at 9 seconds", "at seven seconds", "7", "at -7 seconds", "at 7"])
 def test_a_time_farther_off_or_in_other_words_is_wrong(text: str):
     assert not is_right(Quiz("when_x", "", "at 7 seconds", ()), text)
+
+
+def test_there_are_always_enough_wrong_seconds():
+    # 1, 4 and 7 would leave none of 0 to 8 that is not right beside one of them.
+    story = with_things(("red circle", 1.0, 2.0), ("blue square", 4.0, 5.0))
+    for seed in range(300):
+        quiz = ask_about(story, np.arange(0, 8, 0.5), np.random.default_rng(seed), kind="when_x")
+        assert quiz is not None
+        assert len(quiz.options) == 4

@@ -507,10 +507,11 @@ def _at_second(second: int) -> str:
 
 def _wrong_seconds(rng: np.random.Generator, right: int, others: list[int], seen: _Seen) -> Iterator[int]:
     yield from [others[i] for i in rng.permutation(len(others))][:2]
-    end = max(math.ceil(seen.now_s - float(seen.times_s[0])), right, 8)
+    # Every option rules out those that are right beside it: however the others lie, one must be left.
+    end = max(math.ceil(seen.now_s - float(seen.times_s[0])), right, (NUM_OPTIONS - 1) * (2 * MAX_SECONDS_OFF + 1))
     while True:
         second = int(rng.integers(end + 1))
-        if abs(second - right) > 1:
+        if abs(second - right) > MAX_SECONDS_OFF:
             yield second
 
 
