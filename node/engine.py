@@ -57,7 +57,7 @@ _WARM_UP_TOKENS = 1024
 _WARM_UP_SIDE = 6  # tokens: more than one window of the vision tower, and parts of windows
 _WARM_UP_TEXT = "What? " * QUESTION_SIZES[-1]  # at least a token a word
 # Of the largest logit: how far apart two orders of summation may come out in some layers.
-_MAX_STEP_GAP = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+_MAX_STEP_GAP = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 MAX_MARKS = 256
 _STOPPED = "the engine has stopped"
 

@@ -132,7 +132,9 @@ def _see_at_once(model: VisionLanguageModel, film: Film) -> Vision:
     temporal = len(pixels) // geometry.temporal_patch
     tower = model._model.model.visual
     grid_thw = torch.tensor([[temporal, rows * geometry.merge, columns * geometry.merge]], device=model.device)
-    out = tower(patches.to(tower.dtype), grid_thw=grid_thw, return_dict=True)
+    # Its patch embedding is a convolution, which a GPU would compute in tf32: a measure is exact.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        out = tower(patches.to(tower.dtype), grid_thw=grid_thw, return_dict=True)
     return Vision(out.pooler_output, getattr(out, "deepstack_features", None))
 
 

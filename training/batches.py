@@ -95,7 +95,7 @@ def make_batch(
     num_stream = _stream_tokens(form, shape)
     num_rows = max(4, min(plan.max_rows, plan.tokens // (num_stream + 28 * plan.num_questions)))
     rows = [_row(form, rng, plan, shape, split, chances) for _ in range(num_rows)]
-    longest = max(len(row.ids) for row in rows)
+    longest = -(-max(len(row.ids) for row in rows) // 8) * 8  # kernels of attention copy masks of other lengths
     return Batch(
         shape,
         pack([row.story for row in rows], [row.times_s for row in rows]),

@@ -163,7 +163,10 @@ class Trainee(nn.Module):
         embeds = self.core.get_input_embeddings()(ids)
         visual = torch.from_numpy(np.flatnonzero(batch.visual)).to(device)
         embeds = embeds.index_copy(1, visual, seen.to(embeds.dtype).unflatten(0, (len(ids), -1)))
-        mask = visibility(batch, device)
+        # Once for all layers, in their dtype: made of booleans in each of them, it would be written again each time.
+        is_cast = torch.is_autocast_enabled(device.type)
+        zero = torch.zeros((), device=device, dtype=torch.get_autocast_dtype(device.type) if is_cast else embeds.dtype)
+        mask = torch.where(visibility(batch, device), zero, float("-inf"))
         positions = torch.from_numpy(batch.positions).to(device)
         language = self.core.language_model
         x, cos_sin = embeds, language.rotary_emb(embeds, positions)

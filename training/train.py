@@ -1,8 +1,9 @@
-"""Train the built-in model from nothing.
+"""Train the built-in model from nothing, or further.
 
     python -m onlooker.training.train RUN --minutes 20        on a GPU: minutes, in which the curriculum is spread
     python -m onlooker.training.train RUN --minutes 20        again: goes on where RUN/state.pt stands
-    python -m onlooker.training.train RUN --export node/builtin
+    python -m onlooker.training.train RUN --export FOLDER
+    python -m onlooker.training.train NEXT --start FOLDER     from what was exported: looking is learned already
 
 The curriculum widens the streams: RUN/log.jsonl keeps loss and accuracy by kind of question. Batches are made
 on the CPU by worker processes and drawn on the device; the seed fixes them, though not the order in which
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
 from ..node.adapter import FAMILIES
@@ -64,14 +66,20 @@ CURRICULUM = (
     Stage(0.65, 48),
     Stage(1.0, 96),
 )
+NUM_FIRST = 2  # stages that a trained model need not go through again
 
 
-def build(seed: int, size: str = "medium") -> tuple[Trainee, Any, Format]:
-    """An untrained model, its tokenizer, and the format its prompts have."""
-    tokenizer = build_tokenizer(vocab_size=768, corpus=corpus())
-    config = build_config(tokenizer, SIZES[size])
+def build(seed: int, size: str = "medium", start: Path | None = None) -> tuple[Trainee, Any, Format]:
+    """A model, its tokenizer, and the format its prompts have: untrained, or the checkpoint in the folder `start`."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    if start is None:
+        tokenizer = build_tokenizer(vocab_size=768, corpus=corpus())
+        config = build_config(tokenizer, SIZES[size])
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    else:
+        tokenizer = Tokenizer.from_file(str(start / "tokenizer.json"))
+        model = transformers.AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32)
+        config = model.config
     model.set_attn_implementation("sdpa")
     family = FAMILIES["qwen2_5_vl"]
     vision = config.vision_config
@@ -115,10 +123,12 @@ class Tokenize:
 
 
 class Schedule:
-    """How much of the time that training may take has passed, over all the times it was resumed."""
+    """How far the curriculum is in the time that training may take, over all the times it was resumed."""
 
-    def __init__(self, seconds: float, spent_s: float) -> None:
+    def __init__(self, seconds: float, spent_s: float, first: float = 0.0) -> None:
+        """`first` is where in the curriculum the time begins, from 0 to 1."""
         self._seconds = seconds
+        self._first = first
         self._began = time.monotonic() - spent_s
 
     @property
@@ -128,7 +138,7 @@ class Schedule:
     @property
     def progress(self) -> float:
         """From 0 to 1."""
-        return min(1.0, self.spent_s / self._seconds)
+        return min(1.0, self._first + (1 - self._first) * self.spent_s / self._seconds)
 
 
 def batches(streams: Streams, workers: int, schedule: Schedule) -> Iterator[tuple[Stage, Batch]]:
@@ -167,14 +177,14 @@ def learning_rate(step: int, progress: float, peak: float) -> float:
 def train(args: argparse.Namespace) -> None:
     """Train until the time is up, saving state on the way."""
     device = torch.device(args.device)
-    trainee, _, form = build(args.seed, args.size)
+    trainee, _, form = build(args.seed, args.size, args.start)
     trainee.to(device)
     if args.compile:
         trainee.compile()
     logger.info("%.2f million parameters", sum(p.numel() for p in trainee.model.parameters()) / 1e6)
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     step, spent_s = _resume(args.run, trainee, optimizer, device)
-    schedule = Schedule(60 * args.minutes, spent_s)
+    schedule = Schedule(60 * args.minutes, spent_s, CURRICULUM[NUM_FIRST - 1].until if args.start else 0.0)
     noise = torch.Generator(device).manual_seed(args.seed + step)
     tally = Tally()
     streams = Streams(form, args.seed + step, [stage.plan(args.tokens) for stage in CURRICULUM])
@@ -262,9 +272,9 @@ class Tally:
         return shares | {"all": round(num_right.sum() / max(1, num_asked.sum()), 4)}
 
 
-def export(run: Path, folder: Path, seed: int, size: str) -> None:
+def export(run: Path, folder: Path, seed: int, size: str, start: Path | None = None) -> None:
     """Write the trained model as a checkpoint folder: stored in bfloat16, to be run in float32."""
-    trainee, tokenizer, _ = build(seed, size)
+    trainee, tokenizer, _ = build(seed, size, start)
     state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
     trainee.load_state_dict(state["trainee"])
     save_checkpoint(
@@ -314,6 +324,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=20.0, help="of the whole training, however often resumed")
     parser.add_argument("--tokens", type=int, default=96_000, help="in a batch; less on a small device")
     parser.add_argument("--size", choices=sorted(SIZES), default="medium")
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="the checkpoint to train further; no --size then")
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=12)
@@ -325,7 +336,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     args = parser.parse_args(None if argv is None else list(argv))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.export:
-        export(args.run, args.export, args.seed, args.size)
+        export(args.run, args.export, args.seed, args.size, args.start)
     else:
         train(args)
     return 0
