@@ -65,4 +65,7 @@ def family_of(config: Any) -> Family:
     if layer_types != {"full_attention"}:
         others = ", ".join(sorted(layer_types - {"full_attention"}))
         raise UnsupportedModelError(model_type, f"its layers use {others}, a memory needs full attention")
+    rope = (getattr(config.text_config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise UnsupportedModelError(model_type, f"its {rope} rotary frequencies change with the length of a prompt")
     return FAMILIES[model_type]

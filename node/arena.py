@@ -6,6 +6,7 @@ whatever is written above it.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,6 +50,15 @@ class Extent(NamedTuple):
     def rows(self, layer: int) -> tuple[Tensor, Tensor]:
         """K and V of a layer, (num_tokens, kv_heads, head_dim), as views."""
         return self.arena.keys[layer][self.start : self.stop], self.arena.values[layer][self.start : self.stop]
+
+
+class Turn(NamedTuple):
+    """Rows [start, stop) whose keys are to be rotated."""
+
+    start: int
+    stop: int
+    cos: Tensor  # (head_dim,), float32
+    sin: Tensor
 
 
 class Arena:
@@ -115,6 +125,28 @@ class Arena:
         stage = torch.empty(num_staged, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype, device=device)
         return torch.from_numpy(rows).to(device), stage
 
+    @torch.inference_mode()
+    def rotate(self, turns: Sequence[Turn], num_at_once: int = _ROWS_AT_ONCE) -> None:
+        """Rotate keys in every layer, in float32. Raises torch.OutOfMemoryError before any has changed."""
+        shape = self.shape
+        row = (shape.num_kv_heads, shape.head_dim)
+        num_staged = min(num_at_once, max((turn.stop - turn.start for turn in turns), default=0))
+        on = {
+            device: (
+                torch.empty(2, num_staged, *row, device=device),
+                [turn._replace(cos=turn.cos.to(device), sin=turn.sin.to(device)) for turn in turns],
+            )
+            for device in dict.fromkeys(shape.layer_devices)
+        }
+        for keys, device in zip(self.keys, shape.layer_devices, strict=True):
+            stage, turns_here = on[device]
+            for start, stop, cos, sin in turns_here:
+                for first in range(start, stop, num_at_once):
+                    some = keys[first : min(first + num_at_once, stop)]
+                    old, new = stage[:, : len(some)]
+                    _rotate(old.copy_(some), cos, sin, new)
+                    some.copy_(new)
+
     def logical_bytes(self, num_tokens: int) -> int:
         """Bytes of the first `num_tokens` rows over all layers, counted on the tensors themselves."""
         return sum(t[:num_tokens].numel() * t.element_size() for t in (*self.keys, *self.values))
@@ -140,3 +172,11 @@ class Arena:
             for tensor in (self.keys[layer], self.values[layer]):
                 digest.update(tensor[rows].cpu().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def _rotate(keys: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """As the layers rotate, without room of its own; keys, out (..., head_dim)."""
+    half = keys.shape[-1] // 2
+    torch.mul(keys, cos, out=out)
+    out[..., :half].addcmul_(keys[..., half:], sin[:half], value=-1)
+    out[..., half:].addcmul_(keys[..., :half], sin[half:])

@@ -68,6 +68,14 @@ class LanguageModel:
         """What attention scores are multiplied with."""
         return self._scale
 
+    def rotation(self, positions: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """Cos and sin (head_dim,), float32, that turn a rotated query or key on by so many positions on each axis."""
+        rotary = self._model.rotary_emb
+        axes = torch.tensor(positions, device=rotary.inv_freq.device)[:, None, None]
+        # What it also scales with is in every key already.
+        cos, sin = (table[0, 0] / rotary.attention_scaling for table in rotary(rotary.inv_freq.float(), axes))
+        return cos, sin
+
     def run(
         self,
         embeds: Tensor,

@@ -73,6 +73,41 @@ class LayoutState:
     is_empty: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Positions of the tokens of a chunk."""
+
+    first: int = 0  # on the time axis
+    base: int = 0  # the least one on the axes of height and width: in an open video that of the whole video
+    extent: int = 0  # how many there are on these
+
+    def max_shift(self, floor: int) -> int:
+        """How far a chunk and all after it can move down, with none of them below `floor` and in their order."""
+        # An open video keeps its height and width while its time moves down; what comes later must stay above it.
+        return max(0, self.first - floor - self.extent)
+
+
+@dataclass(frozen=True, slots=True)
+class Rebase:
+    """All positions from `floor` on move down by `shift`, and none below `floor`.
+
+    On the axes of height and width an open video moves no further than to where it would begin if it were new, so that
+    the positions are those of a shorter video.
+    """
+
+    shift: int
+    floor: int
+
+    def of(self, base: int) -> tuple[int, int, int]:
+        """How far tokens move that share a base, by axis: time, height, width."""
+        across = min(self.shift, base - self.floor)
+        return self.shift, across, across
+
+    def reach(self, reach: Reach) -> Reach:
+        time, across, _ = self.of(reach.base)
+        return Reach(reach.first - time, reach.base - across, reach.extent)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Span:
     """Tokens to append: ids (n,) and positions (3, n) in the order time, height, width; int64."""
@@ -89,6 +124,11 @@ class Span:
         """The first tokens by themselves, at least one."""
         positions = self.positions[:, :num]
         return Span(self.ids[:num], positions, self.visual[:num], int(positions.max()) + 1)
+
+    def reach(self, num_anchor: int = 0) -> Reach:
+        """Positions of the tokens after an anchor."""
+        time, across = self.positions[0, num_anchor:], self.positions[1:, num_anchor:]
+        return Reach(int(time[0]), int(across.min()), int(across.max() - across.min()) + 1)
 
 
 @dataclass(slots=True)
@@ -144,6 +184,23 @@ class Layout(ABC):
     @abstractmethod
     def question(self, state: LayoutState, text: str) -> Span:
         """What a branch appends to ask: the closing of the stream, the question, the assistant's header."""
+
+    def rebased(self, state: LayoutState, rebase: Rebase) -> LayoutState:
+        """A state once the positions have moved; an open video's clock goes on."""
+        if state.is_empty:
+            return state
+        next_position, video = max(rebase.floor, state.next_position - rebase.shift), state.video
+        if video is not None:
+            time, across, _ = rebase.of(video.base)
+            per_second = self._form.tokens_per_second
+            video = replace(
+                video,
+                base=video.base - across,
+                offset=max(0, video.offset - (time - across)),
+                start_ns=video.start_ns + (round((time - across) / per_second * _NS) if per_second else 0),
+            )
+            next_position = max(next_position, video.base + max(video.height, video.width))
+        return LayoutState(next_position, video, is_empty=False)
 
     @property
     def _system(self) -> str:

@@ -1,12 +1,14 @@
 """What a stream's memory holds, chunk by chunk: token ranges, times, sequence numbers. No tensors here."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..protocol.messages import TimeKind
 from .chunk import Chunk
-from .layout import LayoutState
+from .layout import LayoutState, Reach, Rebase
+
+_NOWHERE = Reach()
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class ChunkRecord:
     first_stream_ns: int
     last_stream_ns: int
     elapsed_ns: int  # stream time that it brought: since the last frame of the chunk before it
+    reach: Reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +106,13 @@ class Ledger:
     def marks(self) -> dict[str, Snapshot]:
         return dict(self._marks)
 
-    def append(self, chunk: Chunk, num_tokens: int, layout: LayoutState, num_anchor: int = 0) -> None:
+    def append(
+        self, chunk: Chunk, num_tokens: int, layout: LayoutState, num_anchor: int = 0, reach: Reach = _NOWHERE
+    ) -> None:
         """Note a chunk whose K and V are all written.
 
-        Of the `num_tokens` that the first one of a prompt adds, the first `num_anchor` belong to no chunk.
+        Of the `num_tokens` that the first one of a prompt adds, the first `num_anchor` belong to no chunk; `reach` is
+        of the others.
         """
         first, last = chunk.pictures[0], chunk.pictures[-1]
         now = self.now
@@ -126,6 +132,7 @@ class Ledger:
                 first_stream_ns=first.stream_ns,
                 last_stream_ns=last.stream_ns,
                 elapsed_ns=last.stream_ns - (now.until_stream_ns if now.num_seen else first.stream_ns),
+                reach=reach,
             )
         )
         is_first = now.num_frames == 0
@@ -161,6 +168,12 @@ class Ledger:
         self.now = _left_of(self.now, before, after, keep)
         self._marks = {name: _left_of(mark, before, after, keep) for name, mark in self._marks.items()}
         self._records = after
+
+    def rebase(self, rebase: Rebase, rebased: Callable[[LayoutState, Rebase], LayoutState]) -> None:
+        """Note that all positions after the anchor have moved; `rebased` moves a layout's state."""
+        self._records = [replace(record, reach=rebase.reach(record.reach)) for record in self._records]
+        self.now = replace(self.now, layout=rebased(self.now.layout, rebase))
+        self._marks = {name: replace(mark, layout=rebased(mark.layout, rebase)) for name, mark in self._marks.items()}
 
     def start_over(self) -> None:
         """Note that everything is forgotten to make room, marks too, and that the prompt begins anew."""

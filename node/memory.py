@@ -1,15 +1,18 @@
 """The memory of one stream: an arena on the device, the ledger of what is in it, and the layout between them."""
 
 import logging
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
 from msgspec import UNSET, UnsetType
 
 from ..protocol.messages import CacheInfo, or_unset
-from .arena import Arena, Extent
+from .arena import Arena, Extent, Turn
 from .chunk import Chunk, ChunkRefused, Encoded
-from .layout import LAYOUTS, LayoutState, Patches, Span
+from .layout import LAYOUTS, LayoutState, Patches, Rebase, Span
 from .ledger import ChunkRecord, Ledger, Snapshot
 from .model import VisionLanguageModel
 from .options import StreamOptions
@@ -20,6 +23,7 @@ from .retention import POLICIES
 logger = logging.getLogger(__name__)
 
 _FREED_SHARE = 8  # a memory that forgets frees an 8th at a time, so that rows move seldom
+_FREED_POSITIONS_SHARE = 4  # and of its positions a 4th at least: in bfloat16, many rotations cost accuracy
 
 
 class StreamMemory:
@@ -66,7 +70,8 @@ class StreamMemory:
         patches = _patches(chunk, model.geometry.grid(size))
         span, layout, must_forget = self._plan(patches)
         if must_forget:
-            self._make_room(len(span))
+            self._make_room(span)
+            span, layout = self.layout.extend(self.now.layout, patches)  # which stands elsewhere if positions moved
         now = self.now
         try:
             times = model.encode(
@@ -78,7 +83,7 @@ class StreamMemory:
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(error, f"{len(span)} tokens") from error
         num_anchor = self.layout.num_anchor(patches) if now.layout.is_empty else 0
-        self.ledger.append(chunk, len(span), layout, num_anchor)
+        self.ledger.append(chunk, len(span), layout, num_anchor, span.reach(num_anchor))
         self._is_full = False
         num_forgotten, self._num_forgotten_frames = self._num_forgotten_frames, 0
         return Encoded(len(span), size, times.preprocess_ms, times.vision_ms, times.prefill_ms, num_forgotten)
@@ -99,9 +104,10 @@ class StreamMemory:
     def _span(self, patches: Patches, state: LayoutState) -> tuple[Span, LayoutState]:
         """The tokens of a chunk after a state, and the layout then. Raises ChunkRefused if they can never have room."""
         # Before anything of that size is made: a tiny picture may be asked for at an enormous size.
-        self._check_room(patches.num_tokens, state.next_position, state)
+        self._check_room(patches.num_tokens)
         span, layout = self.layout.extend(state, patches)
-        self._check_room(len(span), span.next_position, state)
+        self._check_room(len(span))
+        self._check_positions(span, state)
         return span, layout
 
     def info(self) -> CacheInfo:
@@ -131,14 +137,12 @@ class StreamMemory:
         )
 
     def _seconds_until_full(self) -> float | UnsetType:
-        """At the present rate of tokens; a memory that forgets for them ends with the model's positions alone."""
-        now = self.now
-        if self._retention.forgets and not self._retention.starts_over:
-            used, left = now.layout.next_position, self._model.max_positions - now.layout.next_position
-        else:
-            used, left = now.num_tokens, self._arena.capacity - now.num_tokens
+        """At the present rate of tokens; unknown of a memory that forgets bit by bit, which is never full."""
+        now, retention = self.now, self._retention
         seconds = (now.until_stream_ns - now.began_stream_ns) / 1e9
-        return max(0, left) * seconds / used if now.num_frames and seconds else UNSET
+        if not now.num_frames or not seconds or (retention.forgets and not retention.starts_over):
+            return UNSET
+        return max(0, self._arena.capacity - now.num_tokens) * seconds / now.num_tokens
 
     # Forgetting
 
@@ -152,25 +156,53 @@ class StreamMemory:
         except ChunkRefused:
             return False
 
-    def _make_room(self, num_tokens: int) -> None:
-        """Forget for the tokens of a chunk, which the memory can hold."""
+    def _make_room(self, span: Span) -> None:
+        """Forget for the tokens of a chunk, which the memory can hold, and give positions back if they end."""
+        num_frames = self.now.num_frames
         try:
-            self._forget(max(num_tokens, self._arena.capacity // _FREED_SHARE))
+            if self._retention.starts_over:
+                self.ledger.start_over()
+                return
+            if len(span) > self._room:
+                num_free = max(len(span), self._arena.capacity // _FREED_SHARE)
+                max_tokens = max(0, self._arena.capacity - self.now.num_anchor - num_free)
+                self._keep(self._retention.keep(self.ledger.records, max_tokens))
+            if span.next_position > self._model.max_positions:
+                self._rebase(span)
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(error, "moving rows") from error
+        finally:
+            self._num_forgotten_frames += num_frames - self.now.num_frames
 
-    def _forget(self, num_free: int) -> None:
-        """Forget until so many rows are free, or all but the anchor are."""
-        num_frames = self.now.num_frames
-        if self._retention.starts_over:
-            self.ledger.start_over()
-        else:
-            num_anchor, records = self.now.num_anchor, self.ledger.records
-            max_tokens = max(0, self._arena.capacity - num_anchor - num_free)
-            keep = self._retention.keep(records, max_tokens)
-            self._arena.gather(*_moved([records[place] for place in keep], num_anchor))
-            self.ledger.forget(keep)
-        self._num_forgotten_frames += num_frames - self.now.num_frames
+    def _keep(self, keep: Sequence[int]) -> None:
+        """Forget all chunks but those at the places `keep`, ascending."""
+        records, num_anchor = self.ledger.records, self.now.num_anchor
+        self._arena.gather(*_moved([records[place] for place in keep], num_anchor))
+        self.ledger.forget(keep)
+
+    def _rebase(self, span: Span) -> None:
+        """Move what is kept to the first positions after the anchor, so that a chunk has some again.
+
+        Keys rotate once, by as much for all, and values stay. What lies so far back that too few positions would be
+        free is forgotten: of a memory that reaches back to the beginning, the oldest part.
+        """
+        floor, max_positions = self.now.num_anchor, self._model.max_positions
+        num_wanted = max(span.next_position - max_positions, max_positions // _FREED_POSITIONS_SHARE)
+        shifts = [record.reach.max_shift(floor) for record in self.ledger.records]
+        first = bisect_left(shifts, num_wanted)
+        self._keep(range(first, len(shifts)))
+        rebase = Rebase((shifts[first:] or [span.reach().max_shift(floor)])[0], floor)
+        moves = groupby(self.ledger.records, lambda record: rebase.of(record.reach.base))
+        self._arena.rotate([self._turn(shift, records) for shift, records in moves])
+        self.ledger.rebase(rebase, self.layout.rebased)
+        logger.info("stream %s: positions moved down by %d", self.options.name, rebase.shift)
+
+    def _turn(self, shift: tuple[int, int, int], records: Iterable[ChunkRecord]) -> Turn:
+        """What moves records, one after another in the arena, down by some positions."""
+        rows = list(records)
+        first, last = rows[0], rows[-1]
+        time, height, width = shift
+        return self._model.turn(first.first_token, last.first_token + last.num_tokens, (-time, -height, -width))
 
     def _out_of_memory(self, error: torch.OutOfMemoryError, what: str) -> ChunkRefused:
         error.__traceback__ = None  # its frames hold the activations that must go
@@ -208,8 +240,8 @@ class StreamMemory:
     def _room(self) -> int:
         return self._arena.capacity - self.now.num_tokens
 
-    def _check_room(self, num_tokens: int, next_position: int, state: LayoutState) -> None:
-        """Raise ChunkRefused for what does not fit after a state, forget what one may."""
+    def _check_room(self, num_tokens: int) -> None:
+        """Raise ChunkRefused for what has no room, forget what one may."""
         retention, capacity, room = self._retention, self._arena.capacity, self._room
         if retention.forgets:
             room = capacity if retention.starts_over else capacity - self.now.num_anchor
@@ -217,13 +249,20 @@ class StreamMemory:
             # One frame far larger than those before it, or than the whole memory, says nothing about the next.
             self._is_full = num_tokens < 2 * self.ledger.num_newest_tokens
             raise ChunkRefused("memory_full", f"a chunk of {num_tokens} tokens does not fit, {room} are left")
-        can_start_over = retention.starts_over and not state.is_empty
-        if next_position > self._model.max_positions and not can_start_over:
+
+    def _check_positions(self, span: Span, state: LayoutState) -> None:
+        """Raise ChunkRefused for tokens after a state that are past the model's positions, move what one may."""
+        retention, next_position, num = self._retention, span.next_position, self._model.max_positions
+        if retention.forgets and not state.is_empty:
+            next_position -= next_position if retention.starts_over else span.reach().max_shift(self.now.num_anchor)
+        if next_position <= num:
+            return
+        if not retention.forgets:
             if not self._is_full:
-                name, num = self.options.name, self._model.max_positions
+                name = self.options.name
                 logger.warning("stream %s: the %d positions of its model are used up, until a reset", name, num)
             self._is_full = True
-            raise ChunkRefused("memory_full", f"position {next_position} is past {self._model.max_positions}")
+        raise ChunkRefused("memory_full", f"position {next_position} is past {num}")
 
 
 def _reserve(model: VisionLanguageModel, capacity: int) -> Arena:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from .adapter import Family, family_of, require_known
-from .arena import KVShape
+from .arena import KVShape, Turn
 from .attention import MemoryPass
 from .language import LanguageModel
 from .layout import Format, Span
@@ -133,6 +133,11 @@ class VisionLanguageModel:
         embeds = self.embed(torch.from_numpy(ids).to(self.device))
         axes = torch.from_numpy(positions).to(self.device).expand(3, -1, -1)
         return self.language.run(embeds, axes, memory)
+
+    @torch.inference_mode()
+    def turn(self, start: int, stop: int, positions: tuple[int, int, int]) -> Turn:
+        """What turns the keys of some rows of a memory on by so many positions on each axis."""
+        return Turn(start, stop, *self.language.rotation(positions))
 
     @torch.inference_mode()
     def embed(self, ids: Tensor) -> Tensor:

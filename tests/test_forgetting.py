@@ -9,6 +9,7 @@ from checkpoints import FAMILIES, Checkpoints, DirectedModel, are_equal, arena, 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from msgspec import UNSET
 from one_pass import OnePass, Prompt
 
 from onlooker.node.arena import Arena
@@ -100,14 +101,15 @@ def test_forgetting_moves_rows_and_changes_no_bit_of_them(checkpoints: Checkpoin
         new = chunk(2 * i, factor=model.geometry.factor)
         if stream.must_forget(new):
             before, records = rows(stream), stream.ledger.records
-            stream._make_room(6)
+            stream.append(new)
             kept = {record.number: record for record in stream.ledger.records}
             places = [
                 *range(stream.now.num_anchor),
                 *(old.first_token + i for old in records if old.number in kept for i in range(old.num_tokens)),
             ]
-            assert are_equal(rows(stream), [tensor[places] for tensor in before])
-        stream.append(new)
+            assert are_equal([tensor[: len(places)] for tensor in rows(stream)], [tensor[places] for tensor in before])
+        else:
+            stream.append(new)
     assert stream.now.forgotten.num_chunks > 10
 
 
@@ -174,23 +176,6 @@ def test_starting_over_gives_the_positions_back_too(model: DirectedModel):
     stream.append(chunk(0))
     stream.append(chunk(10**6))  # hours later: its position is past what the model was trained for
     assert numbers(stream) == [1] and stream.info().positions_used < 100
-
-
-@pytest.mark.parametrize("retention", FORGETFUL)
-def test_positions_end_also_for_a_memory_that_forgets_and_the_log_says_so_once(
-    model: DirectedModel, retention: str, caplog: pytest.LogCaptureFixture
-):
-    stream = memory(model, retention)
-    stream.append(chunk(0))
-    before = arena(stream)
-    for _ in range(2):
-        with pytest.raises(ChunkRefused, match="position") as refused:
-            stream.append(chunk(10**6))
-        assert refused.value.reason == "memory_full" and stream.info().full
-    assert [record.getMessage() for record in caplog.records] == [
-        "stream front: the 32768 positions of its model are used up, until a reset"
-    ]
-    assert are_equal(arena(stream), before)
 
 
 @pytest.mark.parametrize("retention", ["reset", *FORGETFUL])
@@ -280,13 +265,12 @@ def test_it_is_known_since_when_nothing_was_forgotten(model: DirectedModel):
     assert stream.info().oldest_ns == 7
 
 
-def test_a_memory_that_forgets_is_full_when_the_positions_end(model: DirectedModel):
-    stream = memory(model, "window")
+@pytest.mark.parametrize("retention", FORGETFUL)
+def test_a_memory_that_forgets_has_no_end(model: DirectedModel, retention: str):
+    stream = memory(model, retention)
     for i in range(10):
         stream.append(chunk(2 * i))
-    info = stream.info()
-    assert isinstance(info.positions_left, int)
-    assert info.seconds_until_full == pytest.approx(info.positions_left / (info.positions_used / 9.5))
+    assert stream.info().seconds_until_full is UNSET and isinstance(stream.info().positions_left, int)
 
 
 def test_an_answer_says_what_its_memory_has_forgotten(model: DirectedModel):
