@@ -1,7 +1,8 @@
-"""The engine: the one thread that touches the device. It encodes chunks and answers questions, by turns.
+"""The engine: the one thread that computes on the device. It encodes chunks and answers questions, by turns.
 
-A turn is a chunk, or one decode step of all running answers together; a question's prefill is a turn of the
-answering side. Whatever fails ends the work it failed for, never the thread.
+A turn is one layer of a chunk, or one decode step of all running answers together; a question's prefill is a turn
+of the answering side. Between two layers of a chunk questions are taken in, begun, answered and ended, while every
+verb waits until the chunk is in the memory or refused. Whatever fails ends the work it failed for, never the thread.
 """
 
 import logging
@@ -12,7 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -37,12 +39,13 @@ from .choice import choose
 from .chunk import Chunk, ChunkRefused, Encoded, Picture
 from .compilation import Compilation, CompileSetting, should_compile
 from .engine_protocol import ModelInfo
-from .fairness import FairShare
+from .fairness import FairShare, Side
 from .ledger import Snapshot
 from .memory import StreamMemory
 from .model import VisionLanguageModel, load_model
 from .options import StreamOptions
 from .steps import QUESTION_SIZES, sizes_up_to
+from .upload import Upload, Uploader
 from .vram import VramMeter
 
 logger = logging.getLogger(__name__)
@@ -77,6 +80,13 @@ class _Question:
     @property
     def is_expired(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
+
+
+class _Command(NamedTuple):
+    """Something to be done on the engine thread."""
+
+    run: Callable[[], None]
+    is_verb: bool = True  # not for the middle of a chunk: it may change what the chunk follows
 
 
 @dataclass(slots=True)
@@ -118,14 +128,20 @@ class Engine:
         self._meter = VramMeter(model.device)
         self._memories: dict[str, StreamMemory] = {}
         self._chunks: dict[str, deque[tuple[Chunk, Future[Encoded]]]] = {}
-        self._pinned: set[str] = set()  # streams that must forget for their next chunk, and were read when it came
+        # Streams whose questions wait for their next chunk: it must forget, and they were read when it came, or they
+        # hold nothing yet.
+        self._pinned: set[str] = set()
+        self._uploader = Uploader(model.device) if model.device.type == "cuda" else None
+        self._ahead: Upload | None = None  # the next chunk's pictures
         self._max_running = max_concurrent_questions
         self._waiting: deque[_Question] = deque()
         self._running: list[_Question] = []
         self._num_begun = 0  # questions since the last decode step
         self._fairness = FairShare()
+        self._booked = 0.0  # until when the time of turns is
         self._counters = _Counters()
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._held: _Command | None = None  # taken out of the inbox in the middle of a chunk
         self._infos: dict[str, CacheInfo] = {}  # replaced, never changed: other threads read it
         self._weights_bytes = model.weights_bytes
         self._progress = time.monotonic()
@@ -226,7 +242,7 @@ class Engine:
         if self._thread.ident is None:  # it was never started: nobody else ends what is open
             self._end_all()
             return True
-        self._inbox.put(lambda: None)
+        self._inbox.put(_Command(lambda: None))
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -249,7 +265,8 @@ class Engine:
     def encode(self, stream: str, chunk: Chunk) -> Future[Encoded]:
         future: Future[Encoded] = Future()
         stopped = ChunkRefused("removed", _STOPPED)
-        self._enter(lambda: self._queue_chunk(stream, chunk, future), future, stopped)
+        command = _Command(lambda: self._queue_chunk(stream, chunk, future), is_verb=False)
+        self._enter(command, future, stopped)
         return future
 
     def ask(
@@ -319,14 +336,15 @@ class Engine:
             else:
                 _succeed(future, result)
 
-        self._enter(run, future, NodeError(ErrorCode.NOT_READY, _STOPPED))
+        self._enter(_Command(run), future, NodeError(ErrorCode.NOT_READY, _STOPPED))
         return future
 
     def _ask(self, question: _Question) -> Future[Any]:
-        self._enter(lambda: self._admit(question), question.future, NodeError(ErrorCode.NOT_READY, _STOPPED))
+        command = _Command(lambda: self._admit(question), is_verb=False)
+        self._enter(command, question.future, NodeError(ErrorCode.NOT_READY, _STOPPED))
         return question.future
 
-    def _enter(self, command: Callable[[], None], future: Future[Any], stopped: Exception) -> None:
+    def _enter(self, command: _Command, future: Future[Any], stopped: Exception) -> None:
         """Hand a command to the engine thread; if that has ended, the future fails with `stopped`."""
         with self._closing_lock:
             if not self._is_closed:
@@ -351,38 +369,81 @@ class Engine:
 
     def _turn(self) -> bool:
         """Take in what has come, then do one thing. False if there was nothing to do."""
-        while not self._inbox.empty():
-            self._inbox.get()()
+        self._take_in()
         self._drop_ended()
-        side = self._fairness.choose(
-            can_encode=self._can_encode, can_decode=bool(self._running) or self._next_waiting() is not None
-        )
+        side = self._choose(can_encode=self._can_encode)
         if side is None:
             return False
-        began = time.monotonic()
+        self._booked = time.monotonic()
         if side == "encode":
             self._encode_next()
         else:
             self._answer_next()
-        self._fairness.spent(side, time.monotonic() - began)
+        self._book(side)
         return True
+
+    def _between(self, stream: str) -> float:
+        """Between two layers of a chunk of a stream: take the turns that are the answers'; returns their seconds.
+
+        No row below the memory's length moves meanwhile, and the chunk's own count only when all layers have them.
+        """
+        if self._is_closing.is_set():
+            return 0.0
+        self._progress = time.monotonic()
+        if self._memories[stream].now.num_frames == 0:
+            self._pinned.add(stream)  # what is asked about it can be answered after the chunk
+        if stream not in self._pinned:
+            self._take_in(in_chunk=True)
+        self._drop_ended()
+        self._look_ahead()
+        self._book("encode")
+        if self._choose(can_encode=True) == "encode":
+            return 0.0
+        self._model.wait()  # what is left to do of the layers before is encoding
+        self._book("encode")
+        began = self._booked
+        while self._choose(can_encode=True) == "decode":
+            self._answer_next()
+            self._book("decode")
+        return self._booked - began
+
+    def _take_in(self, *, in_chunk: bool = False) -> None:
+        """Run the commands that have come, in their order; in the middle of a chunk those before the first verb."""
+        while self._held is not None or not self._inbox.empty():
+            command = self._held or self._inbox.get()
+            if in_chunk and command.is_verb:
+                self._held = command
+                return
+            self._held = None
+            command.run()
+
+    def _choose(self, *, can_encode: bool) -> Side | None:
+        can_decode = bool(self._running) or self._next_waiting() is not None
+        return self._fairness.choose(can_encode=can_encode, can_decode=can_decode)
+
+    def _book(self, side: Side) -> None:
+        """Book the time since the last booking."""
+        now = time.monotonic()
+        self._fairness.spent(side, now - self._booked)
+        self._booked = now
 
     def _wait(self) -> None:
         try:
-            self._inbox.get(timeout=_IDLE_S)()
+            self._inbox.get(timeout=_IDLE_S).run()
         except queue.Empty:
             return
 
     def _end_all(self) -> None:
         with self._closing_lock:
             self._is_closed = True
-        while not self._inbox.empty():
-            self._inbox.get()()
+        self._take_in()
         for questions in (self._waiting, self._running):
             while questions:
                 self._finish(questions.pop(), NodeError(ErrorCode.NOT_READY, _STOPPED))
         for stream in self._chunks:
             self._refuse_queued(stream, "removed", _STOPPED)
+        if self._uploader is not None:
+            self._uploader.close()
 
     # ------------------------------------------------------------------------------------- streams
 
@@ -479,13 +540,17 @@ class Engine:
         if self._must_wait(stream, self._chunks[stream][0][0]):
             self._pinned.add(stream)
             return
-        self._pinned.discard(stream)
         chunk, future = self._chunks[stream].popleft()
         self._chunks[stream] = self._chunks.pop(stream)  # to the end of the line
-        if not future.set_running_or_notify_cancel():
-            return
+        upload = self._uploaded(chunk)
+        self._look_ahead()
+        if future.set_running_or_notify_cancel():
+            self._encode(stream, chunk, upload, future)
+        self._pinned.discard(stream)
+
+    def _encode(self, stream: str, chunk: Chunk, upload: Upload | None, future: Future[Encoded]) -> None:
         try:
-            encoded = self._memories[stream].append(chunk)
+            encoded = self._memories[stream].append(chunk, upload, partial(self._between, stream))
         except ChunkRefused as error:
             self._note(stream)
             future.set_exception(error)
@@ -497,6 +562,21 @@ class Engine:
         else:
             self._note(stream)
             future.set_result(encoded)
+
+    def _look_ahead(self) -> None:
+        """Have the next chunk's pictures uploaded while another one is encoded."""
+        if self._uploader is None or self._ahead is not None:
+            return
+        stream = self._next_stream()
+        if stream is not None:
+            self._ahead = self._uploader.start(self._chunks[stream][0][0])
+
+    def _uploaded(self, chunk: Chunk) -> Upload | None:
+        """The upload of a chunk, if it was begun."""
+        if self._ahead is None or self._ahead.chunk is not chunk:
+            return None
+        upload, self._ahead = self._ahead, None
+        return upload
 
     def _must_wait(self, stream: str, chunk: Chunk) -> bool:
         """Whether the memory must forget for a chunk while answers read it: rows may not move under them.
@@ -513,7 +593,9 @@ class Engine:
     def _refuse_queued(self, stream: str, reason: str, message: str) -> None:
         chunks = self._chunks[stream]
         while chunks:
-            _fail(chunks.popleft()[1], ChunkRefused(reason, message))
+            chunk, future = chunks.popleft()
+            self._uploaded(chunk)  # it is let go
+            _fail(future, ChunkRefused(reason, message))
 
     # ----------------------------------------------------------------------------------- questions
 

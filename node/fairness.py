@@ -14,6 +14,7 @@ class FairShare:
 
     Answers go first when they come. While both have work, encoding waits for less than (1 - share) / share of its own
     last turn plus one turn of decoding, and decoding for less than share / (1 - share) of its own plus one of encoding.
+    A turn of encoding is what lies between two of its layers: it goes on where it was when its next turn comes.
     """
 
     def __init__(self, encode_share: float = ENCODE_SHARE) -> None:

@@ -14,11 +14,12 @@ from .arena import Arena, Extent, Turn
 from .chunk import Chunk, ChunkRefused, Encoded
 from .layout import LAYOUTS, LayoutState, Patches, Rebase, Span
 from .ledger import ChunkRecord, Ledger, Snapshot
-from .model import VisionLanguageModel
+from .model import Between, VisionLanguageModel
 from .options import StreamOptions
 from .passes import Prefill
 from .preprocess import encode_size
 from .retention import POLICIES
+from .upload import Upload
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,12 @@ class StreamMemory:
         """A digest over sampled rows of a snapshot; see `Arena.fingerprint`."""
         return self._arena.fingerprint(snapshot.num_tokens)
 
-    def append(self, chunk: Chunk) -> Encoded:
-        """Encode a chunk into the memory, which may forget others for it, or raise ChunkRefused."""
+    def append(self, chunk: Chunk, upload: Upload | None = None, between: Between | None = None) -> Encoded:
+        """Encode a chunk into the memory, which may forget others for it, or raise ChunkRefused.
+
+        `upload` has its pictures, if they are on their way to the device. `between` is called between two layers;
+        what is forgotten is forgotten by then, and nothing of the chunk counts yet.
+        """
         model = self._model
         size = self._encode_size(chunk)
         patches = _patches(chunk, model.geometry.grid(size))
@@ -75,10 +80,11 @@ class StreamMemory:
         now = self.now
         try:
             times = model.encode(
-                [picture.pixels for picture in chunk.pictures],
+                [picture.pixels for picture in chunk.pictures] if upload is None else upload.pixels(),
                 size,
                 span,
                 Prefill([self._arena.extent(0, now.num_tokens)], (self._arena, now.num_tokens)),
+                between,
             )
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(error, f"{len(span)} tokens") from error

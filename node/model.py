@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,19 @@ from .arena import KVShape, Turn
 from .attention import MemoryPass
 from .language import LanguageModel
 from .layout import Format, Span
+from .pace import Pace
 from .preprocess import PatchGeometry, to_patches
+from .upload import upload
 from .vision import Vision, VisionTower, align_mlps
 
 BUILTIN = Path(__file__).parent / "builtin"
 NOTICE_FILE = "notice.txt"
 SMALL_MODEL_BYTES = 64 << 20
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+# Called between two layers of a chunk; returns the seconds in which the device worked for others.
+Between = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +107,29 @@ class VisionLanguageModel:
         )
 
     @torch.inference_mode()
-    def see(self, patches: Tensor, grid: tuple[int, int, int]) -> Vision:
-        """Run the vision tower over patches of one chunk; grid is (temporal, height, width) in patches."""
+    def see(self, patches: Tensor, grid: tuple[int, int, int], between: Callable[[], None] | None = None) -> Vision:
+        """Run the vision tower over patches of one chunk; grid is (temporal, height, width) in patches.
+
+        `between` is called between two layers, if the tower lies on one device.
+        """
         if not self._is_tower_whole:
             grid_thw = torch.tensor([grid], device=patches.device)
             out = self._core.visual(patches.to(self._core.visual.dtype), grid_thw=grid_thw, return_dict=True)
             return Vision(out.pooler_output, getattr(out, "deepstack_features", None))
-        return self.tower.see(patches, grid)
+        return self.tower.see(patches, grid, between)
 
     @torch.inference_mode()
-    def read(self, span: Span, memory: MemoryPass, vision: Vision | None = None) -> Tensor:
-        """Run the language model over one span; returns its hidden states (n, hidden)."""
+    def read(
+        self,
+        span: Span,
+        memory: MemoryPass,
+        vision: Vision | None = None,
+        between: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Run the language model over one span; returns its hidden states (n, hidden).
+
+        `between` is called between two layers.
+        """
         embeds = self.embed(torch.from_numpy(span.ids).to(self.device))[None]
         deepstack: list[Tensor] = []
         if vision is not None:
@@ -122,7 +140,7 @@ class VisionLanguageModel:
                 added[0, rows] = features.to(embeds)
                 deepstack.append(added)
         positions = torch.from_numpy(span.positions).to(self.device)[:, None]
-        return self.language.run(embeds, positions, memory, deepstack)[0]
+        return self.language.run(embeds, positions, memory, deepstack, between)[0]
 
     @torch.inference_mode()
     def read_batch(self, ids: np.ndarray, positions: np.ndarray, memory: MemoryPass) -> Tensor:
@@ -150,20 +168,40 @@ class VisionLanguageModel:
         return self._model.lm_head(hidden).float()
 
     @torch.inference_mode()
-    def encode(self, frames: Sequence[np.ndarray], size: tuple[int, int], span: Span, memory: MemoryPass) -> StageTimes:
-        """Pixels to memory: preprocess, vision tower, prefill. frames (height, width, 3), uint8."""
-        watch = _Stopwatch({self.device, *self.kv_shape.layer_devices})
-        pixels = torch.from_numpy(np.stack(frames)).to(self.device)
+    def encode(
+        self,
+        frames: Sequence[np.ndarray] | Tensor,
+        size: tuple[int, int],
+        span: Span,
+        memory: MemoryPass,
+        between: Between | None = None,
+    ) -> StageTimes:
+        """Pixels to memory: preprocess, vision tower, prefill.
+
+        frames (height, width, 3), uint8, or all of them as one tensor on the device. What runs in `between` is no
+        part of the times.
+        """
+        devices = {self.device, *self.kv_shape.layer_devices}
+        watch, pause = _Stopwatch(devices), None
+        if between is not None:
+            pause = _Pause(between, Pace(self.device), watch)
+        pixels = frames if isinstance(frames, Tensor) else upload(frames, self.device)
         patches = to_patches(pixels, size, self.geometry)
         watch.lap()
         width, height = size
-        temporal = -(-len(frames) // self.geometry.temporal_patch)
+        temporal = -(-len(pixels) // self.geometry.temporal_patch)
         grid = (temporal, height // self.geometry.patch, width // self.geometry.patch)
-        vision = self.see(patches, grid)
+        vision = self.see(patches, grid, pause)
         watch.lap()
-        self.read(span, memory, vision)
+        self.read(span, memory, vision, pause)
         watch.lap()
         return StageTimes(*watch.laps_ms())
+
+    def wait(self) -> None:
+        """Wait until its GPUs have done all that this thread gave them."""
+        for device in {self.device, *self.kv_shape.layer_devices}:
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
 
     def _kv_shape(self) -> KVShape:
         text = self.config.text_config
@@ -180,16 +218,24 @@ class _Stopwatch:
         self._gpus = [device for device in devices if device.type == "cuda"]
         self._has_events = len(self._gpus) == 1
         self._marks = [self._mark()]
+        self._left_out_ms = [0.0]  # of each lap
 
     def lap(self) -> None:
         self._marks.append(self._mark())
+        self._left_out_ms.append(0.0)
+
+    def leave_out(self, seconds: float) -> None:
+        """Take a time off the present lap in which the devices worked for others."""
+        self._left_out_ms[-1] += seconds * 1e3
 
     def laps_ms(self) -> list[float]:
         """Milliseconds of each lap; waits for the device."""
         if self._has_events:
             self._marks[-1].synchronize()
-            return [a.elapsed_time(b) for a, b in zip(self._marks, self._marks[1:], strict=False)]
-        return [(b - a) * 1e3 for a, b in zip(self._marks, self._marks[1:], strict=False)]
+            laps = [a.elapsed_time(b) for a, b in zip(self._marks, self._marks[1:], strict=False)]
+        else:
+            laps = [(b - a) * 1e3 for a, b in zip(self._marks, self._marks[1:], strict=False)]
+        return [lap - left_out for lap, left_out in zip(laps, self._left_out_ms, strict=False)]
 
     def _mark(self) -> Any:
         if not self._has_events:
@@ -199,6 +245,19 @@ class _Stopwatch:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._gpus[0]))
         return event
+
+
+class _Pause:
+    """What a chunk does between two of its layers: keep the host's pace, and let others work."""
+
+    def __init__(self, between: Between, pace: Pace, watch: _Stopwatch) -> None:
+        self._between = between
+        self._pace = pace
+        self._watch = watch
+
+    def __call__(self) -> None:
+        self._pace.keep()
+        self._watch.leave_out(self._between())
 
 
 def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> VisionLanguageModel:

@@ -1,6 +1,7 @@
 """Small random checkpoints of every family, the streams that tests feed them, and a model that fails on demand."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +68,14 @@ class DirectedModel(VisionLanguageModel):
     def let_go(self) -> None:
         self._may_go.set()
 
-    def read(self, span: Span, memory: MemoryPass, vision: Vision | None = None) -> Tensor:
-        return super().read(span, self._directed(memory), vision)
+    def read(
+        self,
+        span: Span,
+        memory: MemoryPass,
+        vision: Vision | None = None,
+        between: Callable[[], None] | None = None,
+    ) -> Tensor:
+        return super().read(span, self._directed(memory), vision, between)
 
     def read_batch(self, ids: np.ndarray, positions: np.ndarray, memory: MemoryPass) -> Tensor:
         return super().read_batch(ids, positions, self._directed(memory))

@@ -520,7 +520,7 @@ def test_a_removal_cancels_what_runs_and_refuses_what_waits(engine: Engine, mode
 
 def test_a_question_that_waits_for_a_stream_that_goes_is_told_so(engine: Engine, model: DirectedModel):
     encode(engine, 0)
-    held_in_a_chunk(engine, model)
+    held_in_an_answer(engine, model)
     questions = [ask(engine), ask(engine)]
     engine.remove_stream("front")
     model.let_go()

@@ -8,14 +8,12 @@ from checkpoints import FAMILIES, Checkpoints, DirectedModel, are_equal, arena, 
 from msgspec import UNSET
 
 from onlooker.node.arena import Arena
-from onlooker.node.attention import MemoryPass
 from onlooker.node.chunk import Chunk, ChunkRefused
-from onlooker.node.layout import LAYOUTS, LayoutState, Patches, Span
+from onlooker.node.layout import LAYOUTS, LayoutState, Patches
 from onlooker.node.memory import StreamMemory
 from onlooker.node.model import VisionLanguageModel
 from onlooker.node.options import StreamOptions
 from onlooker.node.passes import Prefill
-from onlooker.node.vision import Vision
 
 
 @pytest.fixture
@@ -198,7 +196,7 @@ def test_a_refusal_does_not_keep_the_activations_of_the_failed_pass_alive(model:
     activations = []
 
     class Greedy(DirectedModel):
-        def read(self, span: Span, memory: MemoryPass, vision: Vision | None = None) -> torch.Tensor:
+        def read(self, *args: object) -> torch.Tensor:  # type: ignore[override]
             hidden = torch.zeros(8)
             activations.append(weakref.ref(hidden))
             raise torch.OutOfMemoryError(f"no room beside {hidden.numel()} values")
