@@ -92,18 +92,25 @@ def test_a_question_that_comes_in_the_middle_of_a_chunk_has_its_first_token_befo
     assert question.result().memory.until_seq == 1 and question.result().memory.unchanged
 
 
-def test_an_answer_grows_while_a_chunk_is_encoded(engine: Engine, model: DirectedModel):
+def test_an_answer_grows_while_a_chunk_is_encoded_and_its_time_is_not_the_chunk_s(
+    engine: Engine, model: DirectedModel
+):
     engine.encode("front", chunk(0)).result(WAIT_S)
     alone = ask(engine, 40).result(WAIT_S)
     favour_answers(engine)
+    began = time.perf_counter()
     encoding = held_in_a_chunk(engine, model, chunk(2))
     question, choice = ask(engine, 40), ask_choice(engine)
     order = order_of(question=question, choice=choice, chunk=encoding)
     model.let_go()
-    encoding.result(WAIT_S)
+    encoded = encoding.result(WAIT_S)
+    whole_ms = (time.perf_counter() - began) * 1e3
     until(lambda: len(order) == 3)
     assert order[-1] == "chunk"
     assert question.result().text == alone.text and choice.result().memory.num_frames == 2
+    chosen = choice.result().timing
+    own_ms = encoded.preprocess_ms + encoded.vision_ms + encoded.prefill_ms
+    assert own_ms + chosen.total_ms - chosen.queue_ms <= whole_ms
 
 
 @pytest.mark.parametrize("layout", ["native", "turns"])
