@@ -174,6 +174,7 @@ class Branch:
             until_ns=snapshot.newest_ns,
             seconds=or_unset(snapshot.seconds),
             until_seq=snapshot.newest_seq,
+            seen_until_ns=or_unset(snapshot.seen_until_ns),
             ts_kind=snapshot.ts_kind,
             whole_from_ns=or_unset(snapshot.whole_from_ns),
             num_forgotten_chunks=snapshot.forgotten.num_chunks,

@@ -1,6 +1,7 @@
 """The unit of work between the cameras and the engine: a few decoded pictures of one stream."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -71,6 +72,14 @@ class Encoded:
     vision_ms: float
     prefill_ms: float
     num_forgotten_frames: int = 0  # by the memory to make room, since the chunk before this one was encoded
+    num_dropped_tokens: int = 0  # of its own, which said nothing new
+
+
+class Unchanged(NamedTuple):
+    """Pictures that looked like the encoded one at `stream_ns` came until `until_ns`, as their publisher has it."""
+
+    stream_ns: int
+    until_ns: int
 
 
 class ChunkRefused(Exception):

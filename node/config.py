@@ -206,6 +206,16 @@ class StreamDefaults(_Section):
         default=None, description="frames per second to keep; without it, all of them", examples=[2.0]
     )
     stride: Count = Field(default=1, description="keep every n-th frame")
+    gate: Annotated[float, BeforeValidator(_whole_number), Field(ge=0, le=255)] | None = Field(
+        default=None,
+        description="leave out a frame in which nothing has changed by so many grey levels; one passes every 10 s",
+        examples=[10.0],
+    )
+    drop: Annotated[float, BeforeValidator(_whole_number), Field(ge=0, le=1)] | None = Field(
+        default=None,
+        description="leave out a token more similar (cosine) to the last one kept at its place; off without it",
+        examples=[0.9],
+    )
     chunk_frames: Annotated[int, AfterValidator(_checked_chunk_frames)] = Field(
         default=4, description="frames encoded together: 1 (images), 2 (least delay), 4, 6 or 8 (most throughput)"
     )

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from msgspec import UNSET
+from msgspec.structs import replace
 from torch import Tensor
 
 from ..protocol.errors import ErrorCode, NodeError
@@ -32,11 +33,12 @@ from ..protocol.messages import (
     Marks,
     QuestionCounters,
     Vram,
+    or_unset,
 )
 from .answer import GrowingAnswer, decode, decode_tokens
 from .branch import Branch, Scratch
 from .choice import choose
-from .chunk import Chunk, ChunkRefused, Encoded, Picture
+from .chunk import Chunk, ChunkRefused, Encoded, Picture, Unchanged
 from .compilation import Compilation, CompileSetting, should_compile
 from .engine_protocol import ModelInfo
 from .fairness import FairShare, Side
@@ -268,6 +270,9 @@ class Engine:
         command = _Command(lambda: self._queue_chunk(stream, chunk, future), is_verb=False)
         self._enter(command, future, stopped)
         return future
+
+    def note_unchanged(self, stream: str, unchanged: Unchanged) -> None:
+        self._inbox.put(_Command(lambda: self._note_unchanged(stream, unchanged), is_verb=False))
 
     def ask(
         self,
@@ -521,6 +526,13 @@ class Engine:
             self._chunks[stream].append((chunk, future))
         else:
             _fail(future, ChunkRefused("removed", f"there is no stream {stream!r}"))
+
+    def _note_unchanged(self, stream: str, unchanged: Unchanged) -> None:
+        if stream in self._memories:
+            ledger = self._memories[stream].ledger
+            ledger.note_unchanged(unchanged)
+            info = replace(self._infos[stream], seen_until_ns=or_unset(ledger.now.seen_until_ns))
+            self._infos = {**self._infos, stream: info}
 
     @property
     def _can_encode(self) -> bool:

@@ -21,7 +21,7 @@ from ..protocol.messages import (
     QuestionCounters,
     Vram,
 )
-from .chunk import Chunk, Encoded
+from .chunk import Chunk, Encoded, Unchanged
 from .options import StreamOptions
 
 
@@ -66,6 +66,13 @@ class EngineProtocol(Protocol):
 
         Fails with `ChunkRefused`, whose reason is `memory_full`, `out_of_memory`, `reset` (taken back by a
         reset that came after it), `removed`, or `encode_error`; the memory is then as if it had never come.
+        """
+        ...
+
+    def note_unchanged(self, stream: str, unchanged: Unchanged) -> None:
+        """Note how long a stream has looked like the newest frame of its memory, or of a chunk on its way there.
+
+        Means nothing once the memory goes on, or for a stream that is gone.
         """
         ...
 

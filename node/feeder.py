@@ -16,6 +16,7 @@ from ..protocol.errors import NodeError
 from ..protocol.messages import FrameHeader
 from .chunk import Chunk, Encoded
 from .engine_protocol import EngineProtocol
+from .frame_gate import thumbnail
 from .picture_decoder import PictureError, decode_picture, silence_opencv
 from .stream_intake import MAX_DECODING_BYTES, Batch, Decoded, StreamIntake, TimedFrame
 
@@ -165,15 +166,18 @@ class Feeder:
         if batch is None:
             return False
         num_lanes = min(self._max_lanes, len(batch.frames))
-        lanes = tuple(self._start_lane(batch.frames[lane::num_lanes]) for lane in range(num_lanes))
+        decode_one = partial(decode_timed, decode=self._decode, has_gate=intake.options.gate is not None)
+        lanes = tuple(self._start_lane(batch.frames[lane::num_lanes], decode_one) for lane in range(num_lanes))
         self._decoding.append(Decoding(intake, batch, lanes))
         for lane in lanes:
             lane.add_done_callback(lambda _: self.wake())
         return True
 
-    def _start_lane(self, frames: Sequence[TimedFrame]) -> Future[list[Decoded]]:
+    def _start_lane(
+        self, frames: Sequence[TimedFrame], decode_one: Callable[[TimedFrame], Decoded]
+    ) -> Future[list[Decoded]]:
         try:
-            return self._decoders.submit(lambda: [decode_timed(timed, self._decode) for timed in frames])
+            return self._decoders.submit(lambda: [decode_one(timed) for timed in frames])
         except RuntimeError as error:  # no thread can be had; the batch must come back all the same
             logger.error("%d frames cannot be decoded: %s", len(frames), error)
             undecoded: Future[list[Decoded]] = Future()
@@ -189,6 +193,7 @@ class Feeder:
     def _submit(self, intake: StreamIntake) -> None:
         for chunk, future in intake.submit(partial(self._encode, intake.name)):
             future.add_done_callback(partial(self._note_done, intake, chunk))
+        intake.tell_unchanged(partial(self._engine.note_unchanged, intake.name))
 
     def _encode(self, stream: str, chunk: Chunk) -> Future[Encoded]:
         try:
@@ -203,14 +208,18 @@ class Feeder:
         self.wake()
 
 
-def decode_timed(timed: TimedFrame, decode: Decode = decode_picture) -> Decoded:
-    """Decode a frame, and say how long it took; whatever its bytes do to a decoder becomes a PictureError."""
-    started = time.perf_counter()
+def decode_timed(timed: TimedFrame, decode: Decode = decode_picture, *, has_gate: bool = False) -> Decoded:
+    """Decode a frame, for a stream with a gate also its thumbnail, and say how long it took.
+
+    Whatever its bytes do to a decoder becomes a PictureError.
+    """
+    started, small = time.perf_counter(), None
     try:
         pixels = decode(timed.frame.header, timed.frame.payload)
+        small = thumbnail(pixels) if has_gate else None
     except PictureError as error:
         pixels = error
     except Exception as error:  # bytes from outside: whatever they do to a decoder costs this frame alone
         logger.exception("a decoder failed in an unknown way")
         pixels = PictureError("decode_error", str(error))
-    return Decoded(pixels, (time.perf_counter() - started) * 1e3)
+    return Decoded(pixels, (time.perf_counter() - started) * 1e3, small)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..protocol.messages import TimeKind
-from .chunk import Chunk
+from .chunk import Chunk, Unchanged
 from .layout import LayoutState, Reach, Rebase
 
 _NOWHERE = Reach()
@@ -29,6 +29,7 @@ class ChunkRecord:
     last_stream_ns: int
     elapsed_ns: int  # stream time that it brought: since the last frame of the chunk before it
     reach: Reach
+    num_dropped: int = 0  # of its tokens, not among `num_tokens`
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +61,12 @@ class Snapshot:
     num_chunks: int = 0
     num_frames: int = 0
     num_padded: int = 0
+    num_dropped: int = 0  # tokens that chunks would have had, forgotten ones too
     layout: LayoutState = field(default_factory=LayoutState)
     oldest_ns: int | None = None
     newest_ns: int | None = None
     newest_seq: int | None = None
+    seen_until_ns: int | None = None  # until when frames came that looked like the newest one; None: none did
     ts_kind: TimeKind = "capture"
     oldest_stream_ns: int = 0
     newest_stream_ns: int = 0
@@ -92,6 +95,7 @@ class Ledger:
         self.now = Snapshot()
         self._records: list[ChunkRecord] = []
         self._marks: dict[str, Snapshot] = {}
+        self._unchanged: Unchanged | None = None  # the last that was noted, perhaps of a chunk on its way
 
     @property
     def records(self) -> tuple[ChunkRecord, ...]:
@@ -99,20 +103,26 @@ class Ledger:
 
     @property
     def num_newest_tokens(self) -> int:
-        """Tokens of the newest chunk, 0 if there is none."""
-        return self._records[-1].num_tokens if self._records else 0
+        """Tokens of the newest chunk, dropped ones too; 0 if there is none."""
+        return self._records[-1].num_tokens + self._records[-1].num_dropped if self._records else 0
 
     @property
     def marks(self) -> dict[str, Snapshot]:
         return dict(self._marks)
 
     def append(
-        self, chunk: Chunk, num_tokens: int, layout: LayoutState, num_anchor: int = 0, reach: Reach = _NOWHERE
+        self,
+        chunk: Chunk,
+        num_tokens: int,
+        layout: LayoutState,
+        num_anchor: int = 0,
+        reach: Reach = _NOWHERE,
+        num_dropped: int = 0,
     ) -> None:
         """Note a chunk whose K and V are all written.
 
         Of the `num_tokens` that the first one of a prompt adds, the first `num_anchor` belong to no chunk; `reach` is
-        of the others.
+        of the others. The chunk would have had `num_dropped` more.
         """
         first, last = chunk.pictures[0], chunk.pictures[-1]
         now = self.now
@@ -131,6 +141,7 @@ class Ledger:
                 ts_kind=last.ts_kind,
                 first_stream_ns=first.stream_ns,
                 last_stream_ns=last.stream_ns,
+                num_dropped=num_dropped,
                 elapsed_ns=last.stream_ns - (now.until_stream_ns if now.num_seen else first.stream_ns),
                 reach=reach,
             )
@@ -143,10 +154,12 @@ class Ledger:
             num_chunks=now.num_chunks + 1,
             num_frames=now.num_frames + chunk.num_frames,
             num_padded=now.num_padded + chunk.num_padded,
+            num_dropped=now.num_dropped + num_dropped,
             layout=layout,
             oldest_ns=first.ts if is_first else now.oldest_ns,
             newest_ns=last.ts,
             newest_seq=last.seq,
+            seen_until_ns=None,
             ts_kind=last.ts_kind,
             oldest_stream_ns=first.stream_ns if is_first else now.oldest_stream_ns,
             newest_stream_ns=last.stream_ns,
@@ -154,6 +167,17 @@ class Ledger:
             began_stream_ns=first.stream_ns if now.layout.is_empty else now.began_stream_ns,
             until_stream_ns=last.stream_ns,
         )
+        self._take_unchanged()
+
+    def note_unchanged(self, unchanged: Unchanged) -> None:
+        """Note until when frames came that looked like one that is the newest here, or soon will be."""
+        self._unchanged = unchanged
+        self._take_unchanged()
+
+    def _take_unchanged(self) -> None:
+        now, unchanged = self.now, self._unchanged
+        if unchanged is not None and now.newest_ns is not None and unchanged.stream_ns == now.newest_stream_ns:
+            self.now = replace(now, seen_until_ns=unchanged.until_ns)
 
     def forget(self, keep: Sequence[int]) -> None:
         """Note that the records at the places `keep`, ascending, are all that is left, moved down to follow the anchor.
@@ -202,6 +226,7 @@ class Ledger:
         self.now = Snapshot()
         self._records.clear()
         self._marks.clear()
+        self._unchanged = None
 
 
 def _left_of(
@@ -223,13 +248,14 @@ def _left_of(
         whole_from_ns=_whole_from(left, snapshot.num_seen),
     )
     if not left:
-        return replace(snapshot, oldest_ns=None, newest_ns=None, newest_seq=None)
+        return replace(snapshot, oldest_ns=None, newest_ns=None, newest_seq=None, seen_until_ns=None)
     oldest, newest = left[0], left[-1]
     return replace(
         snapshot,
         oldest_ns=oldest.first_ns,
         newest_ns=newest.last_ns,
         newest_seq=newest.last_seq,
+        seen_until_ns=snapshot.seen_until_ns if newest.last_stream_ns == snapshot.newest_stream_ns else None,
         ts_kind=newest.ts_kind,
         oldest_stream_ns=oldest.first_stream_ns,
         newest_stream_ns=newest.last_stream_ns,

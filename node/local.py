@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -159,11 +160,13 @@ class LocalNode:
             return self._engine.cache_info(intake.name).full
 
         while (batch := intake.take(intake.options.chunk_frames, is_full)) is not None:
-            intake.give_back(batch, [decode_timed(timed) for timed in batch.frames])
+            has_gate = intake.options.gate is not None
+            intake.give_back(batch, [decode_timed(timed, has_gate=has_gate) for timed in batch.frames])
             while submitted := intake.submit(lambda chunk: self._engine.encode(intake.name, chunk)):
                 for chunk, future in submitted:
                     wait([future])  # the engine always ends what it was given, or refuses it when it stops
                     intake.settle(chunk, future, time.time_ns())
+            intake.tell_unchanged(partial(self._engine.note_unchanged, intake.name))
 
     def _intake(self, stream: str) -> StreamIntake:
         with self._lock:

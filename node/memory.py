@@ -3,6 +3,7 @@
 import logging
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -19,6 +20,7 @@ from .options import StreamOptions
 from .passes import Prefill
 from .preprocess import encode_size
 from .retention import POLICIES
+from .token_drop import TokenDrop
 from .upload import Upload
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class StreamMemory:
         self.layout = LAYOUTS[options.layout](model.format)
         self.ledger = Ledger()
         self._retention = POLICIES[options.retention]
+        self._drop = None if options.drop is None else TokenDrop(options.drop)
         self._is_full = False
         self._num_forgotten_frames = 0  # not told yet with a chunk
         self._model = model
@@ -67,6 +70,8 @@ class StreamMemory:
     def append(self, chunk: Chunk, upload: Upload | None = None, between: Between | None = None) -> Encoded:
         """Encode a chunk into the memory, which may forget others for it, or raise ChunkRefused.
 
+        There must be room for all of its tokens, also for those that turn out to say nothing new.
+
         `upload` has its pictures, if they are on their way to the device. `between` is called between two layers;
         what is forgotten is forgotten by then, and nothing of the chunk counts yet.
         """
@@ -77,7 +82,9 @@ class StreamMemory:
         if must_forget:
             self._make_room(span)
             span, layout = self.layout.extend(self.now.layout, patches)  # which stands elsewhere if positions moved
-        now = self.now
+        now, drop = self.now, self._drop
+        grid = (patches.height, patches.width)
+        sift = None if drop is None else partial(drop.sift, grid=grid, number=now.num_seen)
         try:
             times = model.encode(
                 [picture.pixels for picture in chunk.pictures] if upload is None else upload.pixels(),
@@ -85,14 +92,18 @@ class StreamMemory:
                 span,
                 Prefill([self._arena.extent(0, now.num_tokens)], (self._arena, now.num_tokens)),
                 between,
+                sift,
             )
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(error, f"{len(span)} tokens") from error
         num_anchor = self.layout.num_anchor(patches) if now.layout.is_empty else 0
-        self.ledger.append(chunk, len(span), layout, num_anchor, span.reach(num_anchor))
+        num_dropped = 0 if drop is None else drop.commit()
+        num_tokens = len(span) - num_dropped
+        self.ledger.append(chunk, num_tokens, layout, num_anchor, span.reach(num_anchor), num_dropped)
         self._is_full = False
         num_forgotten, self._num_forgotten_frames = self._num_forgotten_frames, 0
-        return Encoded(len(span), size, times.preprocess_ms, times.vision_ms, times.prefill_ms, num_forgotten)
+        stages = (times.preprocess_ms, times.vision_ms, times.prefill_ms)
+        return Encoded(num_tokens, size, *stages, num_forgotten, num_dropped)
 
     def _plan(self, patches: Patches) -> tuple[Span, LayoutState, bool]:
         """The tokens of a chunk, the layout after it, and whether others must be forgotten for it.
@@ -134,12 +145,14 @@ class StreamMemory:
             oldest_ns=or_unset(now.oldest_ns),
             newest_ns=or_unset(now.newest_ns),
             newest_seq=or_unset(now.newest_seq),
+            seen_until_ns=or_unset(now.seen_until_ns),
             seconds_until_full=self._seconds_until_full(),
             full=self._is_full,
             whole_from_ns=or_unset(now.whole_from_ns),
             num_forgotten_chunks=now.forgotten.num_chunks,
             num_forgotten_frames=now.forgotten.num_frames,
             seconds_forgotten=now.forgotten.elapsed_ns / 1e9,
+            num_dropped_tokens=now.num_dropped,
         )
 
     def _seconds_until_full(self) -> float | UnsetType:
@@ -168,6 +181,7 @@ class StreamMemory:
         try:
             if self._retention.starts_over:
                 self.ledger.start_over()
+                self._retain_kept()
                 return
             if len(span) > self._room:
                 num_free = max(len(span), self._arena.capacity // _FREED_SHARE)
@@ -185,6 +199,7 @@ class StreamMemory:
         records, num_anchor = self.ledger.records, self.now.num_anchor
         self._arena.gather(*_moved([records[place] for place in keep], num_anchor))
         self.ledger.forget(keep)
+        self._retain_kept()
 
     def _rebase(self, span: Span) -> None:
         """Move what is kept to the first positions after the anchor, so that a chunk has some again.
@@ -223,11 +238,18 @@ class StreamMemory:
     def rollback(self, name: str) -> None:
         """Forget what came after a mark. Raises KeyError for an unknown one."""
         self.ledger.rollback(name)
+        self._retain_kept()
         self._is_full = False
 
     def reset(self) -> None:
         self.ledger.reset()
+        self._retain_kept()
         self._is_full = False
+
+    def _retain_kept(self) -> None:
+        """What the memory has lost can stand in for nothing new."""
+        if self._drop is not None:
+            self._drop.retain([record.number for record in self.ledger.records])
 
     def _encode_size(self, chunk: Chunk) -> tuple[int, int]:
         options = self.options

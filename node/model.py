@@ -21,6 +21,7 @@ from .language import LanguageModel
 from .layout import Format, Span
 from .pace import Pace
 from .preprocess import PatchGeometry, to_patches
+from .token_drop import Sifted
 from .upload import upload
 from .vision import Vision, VisionTower, align_mlps
 
@@ -32,6 +33,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # Called between two layers of a chunk; returns the seconds in which the device worked for others.
 Between = Callable[[], float]
+
+# Chooses what the language model reads of a chunk.
+Sift = Callable[[Span, Vision], Sifted]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,11 +179,12 @@ class VisionLanguageModel:
         span: Span,
         memory: MemoryPass,
         between: Between | None = None,
+        sift: Sift | None = None,
     ) -> StageTimes:
         """Pixels to memory: preprocess, vision tower, prefill.
 
         frames (height, width, 3), uint8, or all of them as one tensor on the device. What runs in `between` is no
-        part of the times.
+        part of the times. `sift` chooses the tokens that the language model reads.
         """
         devices = {self.device, *self.kv_shape.layer_devices}
         watch, pause = _Stopwatch(devices), None
@@ -192,6 +197,8 @@ class VisionLanguageModel:
         temporal = -(-len(pixels) // self.geometry.temporal_patch)
         grid = (temporal, height // self.geometry.patch, width // self.geometry.patch)
         vision = self.see(patches, grid, pause)
+        if sift is not None:
+            span, vision = sift(span, vision)
         watch.lap()
         self.read(span, memory, vision, pause)
         watch.lap()

@@ -20,6 +20,8 @@ class StreamOptions:
     camera_key: str | None = None  # file with that camera's public key; with it the link is CURVE
     fps: float | None = None  # frames per second to keep; None keeps all
     stride: int = 1  # keep every n-th frame
+    gate: float | None = None  # leave out pictures that changed by less than so many grey levels, 0 to 255
+    drop: float | None = None  # leave out tokens more similar than that to the last one kept at their place, 0 to 1
     chunk_frames: int = 4
     layout: Literal["native", "turns"] = "native"
     min_pixels: int | None = None  # None: the model's own bound
@@ -39,6 +41,10 @@ class StreamOptions:
             raise ValueError(f"layout must be native or turns, got {self.layout!r}")
         if self.retention not in POLICIES:
             raise ValueError(f"retention must be one of {', '.join(POLICIES)}, got {self.retention!r}")
+        if self.gate is not None and not 0 <= self.gate <= 255:
+            raise ValueError(f"gate must be within 0 and 255, got {self.gate}")
+        if self.drop is not None and not 0 <= self.drop <= 1:
+            raise ValueError(f"drop must be within 0 and 1, got {self.drop}")
         for field in ("stride", "memory_bytes", "ring_frames", "ring_bytes", "min_pixels", "max_pixels"):
             value = getattr(self, field)
             if value is not None and value < 1:

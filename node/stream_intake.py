@@ -16,9 +16,10 @@ from msgspec import UNSET, UnsetType
 from ..protocol.codec import ReceivedFrame
 from ..protocol.errors import DropReason
 from ..protocol.messages import CacheInfo, FrameCounters, StageTimings, StreamStats
-from .chunk import Chunk, ChunkRefused, Encoded, Picture
+from .chunk import Chunk, ChunkRefused, Encoded, Picture, Unchanged
 from .chunker import FrameChunker
 from .clock import StreamClock, nominal_interval_ns
+from .frame_gate import FrameGate, View
 from .options import StreamOptions
 from .picture_decoder import PictureError, decoded_bytes
 from .rate import Rate
@@ -61,10 +62,11 @@ class Decoded(NamedTuple):
 
     pixels: np.ndarray | PictureError
     decode_ms: float
+    thumbnail: np.ndarray | None = None  # for the frame gate of a stream that has one
 
 
 class StreamIntake:
-    """Ring, clock, sampler, chunker and counters of one stream. Safe from any thread.
+    """Ring, clock, sampler, gate, chunker and counters of one stream. Safe from any thread.
 
     The frames' path: `receive` (the socket's thread) puts them in the ring; `take`, `give_back`, `submit` and
     `settle` (the feeder's thread) carry them on to the engine. At every moment received = dropped + encoded +
@@ -73,6 +75,7 @@ class StreamIntake:
     - `second_publisher`, `after_eos`, `duplicate`, `out_of_order`, `paused`, `too_large` (for the ring), `ring_full`
     - `time_backwards`, `sampled_out` (the sampler did not keep it)
     - `decode_error`, `too_large`, `bad_size`, `unsupported_encoding`
+    - `gated` (it looks like the last one that was encoded)
     - `memory_full`, `out_of_memory`, `encode_error`, `removed`, and `reset`
     """
 
@@ -93,6 +96,8 @@ class StreamIntake:
         self._ring: FrameRing[ReceivedFrame] = FrameRing(options.ring_frames, options.ring_bytes)
         self._clock = StreamClock()
         self._sampler = FrameSampler(options.fps, options.stride)
+        self._frame_gate = FrameGate(options.gate) if options.gate is not None else None
+        self._unchanged: Unchanged | None = None  # not told yet
         self._chunker = FrameChunker(options.chunk_frames)
         self._ready: deque[Chunk] = deque()
         self._batch: Batch | None = None  # taken and not yet given back, so that order is kept
@@ -221,6 +226,7 @@ class StreamIntake:
                 self._add(timed, result)
             if batch.ends_session:
                 self._ready += self._chunker.flush()
+                self._start_gate_anew()
 
     @property
     def _num_decoding(self) -> int:
@@ -235,7 +241,30 @@ class StreamIntake:
         header = timed.frame.header
         picture = Picture(decoded.pixels, timed.frame.seq, header.ts, header.ts_kind, timed.stream_ns)
         self._received_size = picture.size
+        if decoded.thumbnail is not None and not self._passes_gate(picture, decoded.thumbnail):
+            self._drop("gated")
+            self._ready += self._chunker.flush()  # nobody knows when there is something new to fill it
+            return
         self._ready += self._chunker.add(picture, decoded.decode_ms)
+
+    def _passes_gate(self, picture: Picture, thumbnail: np.ndarray) -> bool:
+        """Whether a picture is to be encoded.
+
+        The second one of a temporal patch always is: it costs no token more, and the two belong to one time.
+        """
+        gate = self._frame_gate
+        assert gate is not None, "a thumbnail is for a gate"
+        view = View(picture.size, picture.stream_ns, thumbnail)
+        same = None if len(self._chunker) % 2 else gate.looks_like(view)
+        if same is None:
+            gate.encoded = view
+            return True
+        self._unchanged = Unchanged(same.stream_ns, picture.ts)
+        return False
+
+    def _start_gate_anew(self) -> None:
+        if self._frame_gate is not None:
+            self._frame_gate.encoded = None
 
     def submit(self, encode: Callable[[Chunk], Future[Encoded]]) -> list[tuple[Chunk, Future[Encoded]]]:
         """Hand complete chunks to `encode`, as many as may be in flight; each must come back to `settle`.
@@ -252,6 +281,16 @@ class StreamIntake:
                 submitted.append((chunk, encode(chunk)))
         return submitted
 
+    def tell_unchanged(self, note: Callable[[Unchanged], None]) -> None:
+        """Hand on until when frames came that looked like the newest one, if that is news.
+
+        Under the stream's lock, so that it comes to the engine before a reset, or after it, as the frames do.
+        """
+        with self._lock:
+            if self._unchanged is not None:
+                note(self._unchanged)
+                self._unchanged = None
+
     def settle(self, chunk: Chunk, future: Future[Encoded], done_ns: int) -> None:
         """Count the frames of a chunk whose future was done at `done_ns`, in `time.time_ns()` nanoseconds."""
         reason = _refusal(self.name, future)
@@ -261,6 +300,7 @@ class StreamIntake:
             self._may_be_full = reason == "memory_full"
             if reason is not None:
                 self._drop(reason, num=chunk.num_frames)
+                self._start_gate_anew()  # what came after it may have looked like it, and would be missing
             else:
                 self._count_encoded(chunk, future.result(), done_ns)
 
@@ -321,6 +361,8 @@ class StreamIntake:
         self._drop("reset", num=num_waiting)
         self._epoch += 1
         self._may_be_full = False
+        self._start_gate_anew()
+        self._unchanged = None
 
     # Facts
 
@@ -358,6 +400,8 @@ class StreamIntake:
                 layout=self.options.layout,
                 chunk_frames=self.options.chunk_frames,
                 retention=self.options.retention,
+                gate=_or_unset(self.options.gate),
+                drop=_or_unset(self.options.drop),
                 received_size=self._received_size,
                 encoded_size=self._encoded_size,
                 fps_received=_or_unset(self._received_rate.per_second(now)),

@@ -59,6 +59,7 @@ class DropReason(StrEnum):
     SAMPLED_OUT = "sampled_out"
     DECODE_ERROR = "decode_error"
     TOO_LARGE = "too_large"
+    GATED = "gated"
     MEMORY_FULL = "memory_full"
     OUT_OF_MEMORY = "out_of_memory"
     ENCODE_ERROR = "encode_error"

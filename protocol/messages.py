@@ -31,6 +31,8 @@ Address = Annotated[str, Meta(min_length=1, max_length=256)]  # a ZeroMQ endpoin
 SidePixels = Annotated[int, Meta(ge=1, le=16384)]
 Count = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 RateHz = Annotated[float, Meta(gt=0, le=1e6)]
+GreyLevels = Annotated[float, Meta(ge=0, le=255)]
+Similarity = Annotated[float, Meta(ge=0, le=1)]
 TimeKind = Literal["capture", "publish", "receive", "media"]
 RetentionName = Literal["stop", "reset", "window", "thin"]  # what a full memory does
 
@@ -152,6 +154,7 @@ class Provenance(Message, frozen=True, kw_only=True):
     until_ns: int  # time of the newest; a file that starts over begins before it
     seconds: float | UnsetType = UNSET  # between the two on the stream's own clock, which never runs backwards
     until_seq: int
+    seen_until_ns: int | UnsetType = UNSET  # frames came until then that looked like the newest one, and were gated
     ts_kind: TimeKind
     whole_from_ns: int | UnsetType = UNSET  # nothing was forgotten since; absent if the newest part was
     num_forgotten_chunks: int = 0  # of those encoded up to here, to make room
@@ -250,6 +253,8 @@ class StreamSpec(Message, frozen=True, kw_only=True):
     connect: Address | UnsetType = UNSET  # of a camera that binds; absent: cameras connect to the node
     fps: RateHz | UnsetType = UNSET  # rate to keep
     stride: Count | UnsetType = UNSET  # keep every n-th frame
+    gate: GreyLevels | UnsetType = UNSET  # leave out frames that changed by less; 0 leaves out none
+    drop: Similarity | UnsetType = UNSET  # leave out tokens more similar to the last one kept there; 1 leaves out none
     chunk_frames: Annotated[int, Meta(ge=1, le=8)] | UnsetType = UNSET  # 1, 2, 4, 6 or 8
     layout: Literal["native", "turns"] | UnsetType = UNSET
     min_pixels: Count | UnsetType = UNSET
@@ -299,12 +304,14 @@ class CacheInfo(Message, frozen=True, kw_only=True):
     oldest_ns: int | UnsetType = UNSET
     newest_ns: int | UnsetType = UNSET
     newest_seq: int | UnsetType = UNSET
+    seen_until_ns: int | UnsetType = UNSET  # frames came until then that looked like the newest one, and were gated
     seconds_until_full: float | UnsetType = UNSET  # at the present rate of tokens
     full: bool = False
     whole_from_ns: int | UnsetType = UNSET  # nothing was forgotten since; absent if the newest part was
     num_forgotten_chunks: int = 0  # to make room, since the memory began or was reset
     num_forgotten_frames: int = 0
     seconds_forgotten: float = 0.0
+    num_dropped_tokens: int = 0  # since the memory began or was reset: like those kept at their places before
 
 
 class FrameCounters(Message, frozen=True, kw_only=True):
@@ -345,6 +352,8 @@ class StreamStats(Message, frozen=True, kw_only=True):
     layout: str
     chunk_frames: int
     retention: str | UnsetType = UNSET  # what a full memory does: see StreamSpec
+    gate: float | UnsetType = UNSET  # see StreamSpec; absent: none
+    drop: float | UnsetType = UNSET
     received_size: tuple[int, int] | UnsetType = UNSET  # width, height
     encoded_size: tuple[int, int] | UnsetType = UNSET
     fps_received: float | UnsetType = UNSET

@@ -30,7 +30,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from onlooker.node.chunk import Chunk, ChunkRefused, Encoded, Picture
+from onlooker.node.chunk import Chunk, ChunkRefused, Encoded, Picture, Unchanged
 from onlooker.node.engine_protocol import ModelInfo
 from onlooker.node.options import StreamOptions
 from onlooker.protocol.errors import ErrorCode, NodeError
@@ -101,6 +101,7 @@ class FakeEngine:
         self.word_s = word_s
         self.max_waiting = max_waiting
         self.num_forgotten_frames = 0
+        self.unchanged: dict[str, Unchanged] = {}  # by stream, the last that was noted
         self.fail_encode: Exception | None = None
         self.fail_ask: Exception | None = None
         self.on_encode: Callable[[str], object] = str
@@ -198,6 +199,9 @@ class FakeEngine:
 
         self.on_encode(stream)
         return self._submit(stream, steps(), is_encode=True)
+
+    def note_unchanged(self, stream: str, unchanged: Unchanged) -> None:
+        self.unchanged[stream] = unchanged
 
     def reset(self, stream: str) -> Future[CacheInfo]:
         def steps() -> Iterator[None]:

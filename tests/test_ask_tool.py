@@ -285,6 +285,13 @@ def test_a_stream_is_added_with_its_retention(node: Node) -> None:
     assert "--retention" in control(node, "add", "yard", "--retention", "never").err
 
 
+def test_a_stream_is_added_with_its_gate_and_drop(node: Node) -> None:
+    added = control(node, "add", "gate", "--gate", "10", "--drop", "0.9", "--json").json
+    assert (added["gate"], added["drop"]) == (10.0, 0.9)
+    assert not {"gate", "drop"} & control(node, "streams", "--json").json[0].keys()
+    assert "--drop" in control(node, "add", "yard", "--drop", "2").err
+
+
 def test_a_stream_is_added_and_removed(node: Node, engine: FakeEngine) -> None:
     added = control(node, "add", "gate")
     assert (added.status, added.out.split(" (")[0]) == (0, "stream gate added to the node")

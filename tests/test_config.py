@@ -270,3 +270,17 @@ def test_what_a_full_memory_does_is_a_setting_of_the_node_and_of_each_stream():
     assert load().spec_options(StreamSpec(stream="front")).retention == "stop"
     with pytest.raises(ConfigError, match=r"stream_defaults\.retention"):
         load(overrides={"stream_defaults.retention": "never"})
+
+
+def test_gate_and_drop_follow_the_defaults_unless_a_stream_says_otherwise():
+    config = load(overrides={"stream_defaults.gate": 10, "stream_defaults.drop": 0.9})
+    defaults = config.spec_options(StreamSpec(stream="front"))
+    assert (defaults.gate, defaults.drop) == (10.0, 0.9)
+    own = config.spec_options(StreamSpec(stream="front", gate=0, drop=1))
+    assert (own.gate, own.drop) == (0.0, 1.0)
+    off = load().spec_options(StreamSpec(stream="front"))
+    assert (off.gate, off.drop) == (None, None)
+    for mistake in ({"gate": 256}, {"gate": -1}, {"drop": 1.1}, {"drop": True}):
+        ((key, value),) = mistake.items()
+        with pytest.raises(ConfigError, match=rf"stream_defaults\.{key}"):
+            load(overrides={f"stream_defaults.{key}": value})

@@ -92,9 +92,7 @@ def test_a_question_that_comes_in_the_middle_of_a_chunk_has_its_first_token_befo
     assert question.result().memory.until_seq == 1 and question.result().memory.unchanged
 
 
-def test_an_answer_grows_while_a_chunk_is_encoded_and_its_time_is_not_the_chunk_s(
-    engine: Engine, model: DirectedModel
-):
+def test_an_answer_grows_while_a_chunk_is_encoded_and_its_time_is_not_the_chunk_s(engine: Engine, model: DirectedModel):
     engine.encode("front", chunk(0)).result(WAIT_S)
     alone = ask(engine, 40).result(WAIT_S)
     favour_answers(engine)

@@ -117,6 +117,14 @@ def test_an_engine_that_fails_costs_the_chunk_alone(engine: FakeEngine, feeder: 
     assert str(error) in caplog.text
 
 
+def test_a_stream_with_a_gate_keeps_a_still_picture_once_and_tells_the_engine(engine: FakeEngine, feeder: Feeder):
+    front = open_stream(engine, feeder, gate=10.0)
+    send(feeder, front, *range(6))
+    until(lambda: front.counters().dropped == {"gated": 4} and "front" in engine.unchanged)
+    until(lambda: engine.unchanged["front"].until_ns == 5 * 40_000_000)
+    assert [picture.seq for picture in engine.pictures("front")] == [0, 1]
+
+
 def test_an_engine_that_raises_at_once_is_counted_too(engine: FakeEngine, feeder: Feeder, caplog):
     front = open_stream(engine, feeder)
     engine.on_encode = lambda stream: 1 / 0

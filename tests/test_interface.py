@@ -5,6 +5,7 @@ import inspect
 import numpy as np
 import pytest
 from deadline import until
+from msgspec import UNSET
 from nodes import running_node
 
 from onlooker.node.engine import load_engine
@@ -12,7 +13,7 @@ from onlooker.node.local import LocalNode
 from onlooker.protocol.client import NodeClient
 from onlooker.protocol.errors import NodeError
 from onlooker.protocol.interface import VideoMemory
-from onlooker.protocol.messages import Answer, PartialAnswer, StreamSpec
+from onlooker.protocol.messages import Answer, FrameCounters, PartialAnswer, StreamSpec
 
 WORDS = 4
 
@@ -48,6 +49,11 @@ def picture(level: int) -> np.ndarray:
     return np.full((90, 120, 3), level, np.uint8)
 
 
+def frames_of(memory: VideoMemory, stream: str) -> FrameCounters:
+    (frames,) = [stats.frames for stats in memory.streams() if stats.stream == stream]
+    return frames
+
+
 def show(memory: VideoMemory, stream: str, *levels: int) -> int:
     return memory.process_chunk(stream, [picture(level) for level in levels])
 
@@ -64,6 +70,25 @@ def test_an_answer_comes_in_pieces_that_make_up_the_whole(memory, stream):
     *pieces, whole = memory.ask_stream(stream, "What do you see?", max_new_tokens=WORDS)
     assert isinstance(whole, Answer) and all(isinstance(piece, PartialAnswer) for piece in pieces)
     assert "".join(piece.delta for piece in pieces) == whole.text
+
+
+def test_a_still_picture_is_encoded_once_and_the_answer_says_until_when_it_was_seen(memory):
+    memory.add_stream(StreamSpec(stream="still", chunk_frames=4, memory_bytes=1 << 20, gate=10.0, drop=0.9))
+    try:
+        times = [10**9 + n * 10**8 for n in range(8)]
+        memory.process_chunk("still", [picture(10)] * 8, ts=times)
+        until(lambda: memory.cache_info("still").seen_until_ns == times[-1])
+        until(lambda: frames_of(memory, "still").pending == 0)
+        frames = frames_of(memory, "still")
+        assert (frames.received, frames.encoded, frames.dropped) == (8, 2, {"gated": 6})
+        known = memory.ask("still", "What do you see?", max_new_tokens=WORDS).memory
+        assert (known.num_frames, known.until_ns, known.seen_until_ns) == (2, times[1], times[-1])
+        memory.process_chunk("still", [picture(200), picture(200)], ts=[10**10, 10**10 + 10**8])
+        memory.end_stream("still")
+        until(lambda: memory.cache_info("still").num_frames == 4)
+        assert memory.cache_info("still").seen_until_ns is UNSET
+    finally:
+        memory.remove_stream("still")
 
 
 def test_options_are_scored(memory, stream):

@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from onlooker.node.chunk import Chunk, Picture
+from onlooker.node.chunk import Chunk, Picture, Unchanged
 from onlooker.node.layout import LayoutState
 from onlooker.node.ledger import Ledger, Snapshot
 
@@ -62,6 +62,47 @@ def test_a_snapshot_is_not_changed_by_what_comes_later():
     ledger.append(chunk(2), 10, LayoutState(20))
     ledger.reset()
     assert snapshot.num_tokens == 10 and snapshot.newest_seq == 1
+
+
+def test_frames_that_looked_like_the_newest_extend_what_was_seen_until_the_next_chunk():
+    ledger = Ledger()
+    ledger.append(chunk(), 10, LayoutState(10))
+    assert ledger.now.seen_until_ns is None
+    ledger.note_unchanged(Unchanged(500_000_000, until_ns=9_000))
+    ledger.mark("still")
+    ledger.append(chunk(2, first_ns=1_000_000_000), 10, LayoutState(20))
+    assert ledger.now.seen_until_ns is None
+    ledger.rollback("still")
+    assert ledger.now.seen_until_ns == 9_000
+
+
+def test_what_looked_like_a_chunk_on_its_way_counts_once_it_is_there():
+    ledger = Ledger()
+    ledger.append(chunk(), 10, LayoutState(10))
+    ledger.note_unchanged(Unchanged(1_500_000_000, until_ns=9_000))
+    assert ledger.now.seen_until_ns is None
+    ledger.append(chunk(2, first_ns=1_000_000_000), 10, LayoutState(20))
+    assert ledger.now.seen_until_ns == 9_000
+
+
+def test_what_looked_like_a_chunk_that_was_forgotten_says_nothing_of_what_is_left():
+    ledger = Ledger()
+    for i in range(2):
+        ledger.append(chunk(2 * i, first_ns=i * 1_000_000_000), 10, LayoutState(10))
+    ledger.note_unchanged(Unchanged(1_500_000_000, until_ns=9_000))
+    ledger.mark("here")
+    ledger.append(chunk(4, first_ns=2_000_000_000), 10, LayoutState(10))
+    ledger.forget([0, 2])
+    assert ledger.marks["here"].seen_until_ns is None
+
+
+def test_dropped_tokens_are_counted_beside_those_that_are_there():
+    ledger = Ledger()
+    ledger.append(chunk(), 10, LayoutState(30), num_dropped=20)
+    ledger.append(chunk(2, first_ns=1_000_000_000), 5, LayoutState(60), num_dropped=25)
+    assert (ledger.now.num_tokens, ledger.now.num_dropped, ledger.num_newest_tokens) == (15, 45, 30)
+    ledger.forget([1])
+    assert (ledger.now.num_tokens, ledger.now.num_dropped) == (5, 45)
 
 
 @pytest.mark.parametrize("verb", ["rollback", "delete_mark"])

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import UNSET, structs
 
-from onlooker.node.chunk import Chunk, ChunkRefused, Encoded
+from onlooker.node.chunk import Chunk, ChunkRefused, Encoded, Unchanged
+from onlooker.node.frame_gate import thumbnail
 from onlooker.node.options import StreamOptions
 from onlooker.node.picture_decoder import PictureError
 from onlooker.node.stream_intake import Batch, Decoded, StreamIntake
@@ -19,6 +20,7 @@ from onlooker.protocol.messages import CacheInfo, FrameCounters, FrameHeader, St
 
 MS = 1_000_000
 PIXELS = np.zeros((2, 4, 3), np.uint8)
+BRIGHT = np.full((2, 4, 3), 200, np.uint8)
 ENCODED = Encoded(8, (28, 28), preprocess_ms=1.0, vision_ms=2.0, prefill_ms=3.0)
 CACHE = CacheInfo(
     num_tokens=0,
@@ -64,7 +66,26 @@ class Bench:
 
     def give_back(self, batch: Batch | None, result: np.ndarray | PictureError = PIXELS) -> None:
         if batch is not None:
-            self.intake.give_back(batch, [Decoded(result, 1.0)] * len(batch.frames))
+            has_thumbnail = self.options.gate is not None and isinstance(result, np.ndarray)
+            decoded = Decoded(result, 1.0, thumbnail(result) if has_thumbnail else None)
+            self.intake.give_back(batch, [decoded] * len(batch.frames))
+
+    def show(self, *pictures: np.ndarray, step_ms: int = 40) -> None:
+        """Send pictures one by one, each decoded before the next comes."""
+        for picture in pictures:
+            self.send(step_ms=step_ms)
+            self.give_back(self.take(), picture)
+            self.submit()
+
+    def unchanged(self) -> Unchanged | None:
+        """What the engine would be told."""
+        told: list[Unchanged] = []
+        self.intake.tell_unchanged(told.append)
+        return told[0] if told else None
+
+    @property
+    def seqs_in_flight(self) -> list[list[int]]:
+        return [[picture.seq for picture in chunk.pictures] for chunk, _ in self.in_flight]
 
     def submit(self) -> list[Chunk]:
         def encode(chunk: Chunk) -> Future[Encoded]:
@@ -259,6 +280,88 @@ def test_duplicates_late_frames_and_gaps_are_counted():
     assert front.counters.dropped == {"duplicate": 1, "out_of_order": 1}
     assert front.counters.gaps == 1
     assert front.run() == [[0, 1], [4, 5]]
+
+
+def test_pictures_that_look_like_the_one_encoded_last_are_gated():
+    front = bench(gate=10.0, max_in_flight=9)
+    front.show(*[PIXELS] * 5, *[BRIGHT] * 4)
+    assert front.seqs_in_flight == [[0, 1], [5, 6]]
+    counters = front.counters
+    assert (counters.received, counters.kept, counters.pending, counters.dropped) == (9, 9, 4, {"gated": 5})
+
+
+def test_the_second_picture_of_a_temporal_patch_passes_with_the_first():
+    front = bench(gate=10.0, chunk_frames=4, max_in_flight=9)
+    front.show(PIXELS, PIXELS, BRIGHT, PIXELS)
+    assert front.seqs_in_flight == [[0, 1, 2, 3]]
+    assert front.counters.dropped == {}
+
+
+def test_images_are_gated_one_by_one():
+    front = bench(gate=10.0, chunk_frames=1, max_in_flight=9)
+    front.show(PIXELS, PIXELS, BRIGHT, BRIGHT, PIXELS)
+    assert front.seqs_in_flight == [[0], [2], [4]]
+
+
+def test_nothing_waits_for_a_full_chunk_while_nothing_new_comes():
+    front = bench(gate=10.0, chunk_frames=8, max_in_flight=9)
+    front.show(PIXELS, PIXELS)
+    assert front.seqs_in_flight == [] and front.counters.pending == 2
+    front.show(PIXELS)
+    assert front.seqs_in_flight == [[0, 1]] and front.counters.padded == 0
+
+
+def test_a_still_picture_passes_every_ten_seconds():
+    front = bench(gate=10.0, max_in_flight=99)
+    front.show(*[PIXELS] * 70, step_ms=500)
+    assert front.seqs_in_flight == [[0, 1], [21, 22], [42, 43], [63, 64]]
+    assert front.counters.dropped == {"gated": 62}
+
+
+def test_the_engine_is_told_until_when_nothing_has_changed():
+    front = bench(gate=10.0, max_in_flight=9)
+    front.show(PIXELS, PIXELS)
+    assert front.unchanged() is None
+    front.show(PIXELS, PIXELS)
+    assert front.unchanged() == Unchanged(stream_ns=40 * MS, until_ns=120 * MS)
+    assert front.unchanged() is None
+    front.show(PIXELS, BRIGHT)
+    assert front.unchanged() == Unchanged(stream_ns=40 * MS, until_ns=160 * MS)
+
+
+@pytest.mark.parametrize("verb", ["reset", "rollback"])
+def test_after_a_reset_nothing_is_gated_for_what_the_memory_has_lost(verb: str):
+    front = bench(gate=10.0, max_in_flight=9)
+    front.show(*[PIXELS] * 3)
+    getattr(front, verb)()
+    assert front.unchanged() is None
+    front.show(*[PIXELS] * 3)
+    assert front.seqs_in_flight == [[0, 1], [3, 4]]
+
+
+def test_after_a_refused_chunk_nothing_is_gated_for_what_was_in_it():
+    front = bench(gate=10.0, max_in_flight=9)
+    front.show(*[PIXELS] * 3)
+    front.settle(ChunkRefused("out_of_memory", ""))
+    front.show(*[PIXELS] * 3)
+    assert front.seqs_in_flight == [[3, 4]]
+    assert front.counters.dropped == {"gated": 2, "out_of_memory": 2}
+
+
+def test_after_the_end_of_a_stream_its_first_picture_passes():
+    front = bench(gate=10.0, max_in_flight=9)
+    front.show(*[PIXELS] * 3)
+    front.send(eos=True)
+    front.give_back(front.take())
+    front.session, front.seq = "b", 10
+    front.show(*[PIXELS] * 3)
+    assert front.seqs_in_flight == [[0, 1], [10, 11]]
+
+
+def test_a_gate_at_zero_gates_nothing():
+    front = bench(gate=0.0, max_in_flight=9)
+    front.show(*[PIXELS] * 4)
+    assert front.seqs_in_flight == [[0, 1], [2, 3]]
 
 
 def test_time_that_runs_backwards_costs_the_frame():
@@ -528,10 +631,10 @@ def test_a_lag_is_only_told_for_capture_times(ts_kind):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from([1, 2, 4, 6, 8]), st.integers(1, 6), st.integers(1, 3), st.data())
-def test_every_frame_is_dropped_encoded_or_pending_at_every_moment(chunk_frames, ring_frames, stride, data):
-    front = bench(chunk_frames=chunk_frames, ring_frames=ring_frames, stride=stride, ring_bytes=100)
-    actions = ("send", "send", "send", "jump", "eos", "session", "take", "take", "give", "submit", "settle")
+@given(st.sampled_from([1, 2, 4, 6, 8]), st.integers(1, 6), st.integers(1, 3), st.sampled_from([None, 10.0]), st.data())
+def test_every_frame_is_dropped_encoded_or_pending_at_every_moment(chunk_frames, ring_frames, stride, gate, data):
+    front = bench(chunk_frames=chunk_frames, ring_frames=ring_frames, stride=stride, ring_bytes=100, gate=gate)
+    actions = ("send", "send", "send", "jump", "eos", "session", "take", "take", "give", "bright", "submit", "settle")
     rare = ("pause", "resume", "reset", "rollback", "broken", "refuse", "wait", "full")
     batch: Batch | None = None
     for action in data.draw(st.lists(st.sampled_from(actions + actions + rare), max_size=80)):
@@ -548,8 +651,8 @@ def test_every_frame_is_dropped_encoded_or_pending_at_every_moment(chunk_frames,
                 front.now += data.draw(st.floats(0, 3))
             case "take":
                 batch = front.take() if batch is None else batch
-            case "give" | "broken":
-                front.give_back(batch, PIXELS if action == "give" else PictureError("decode_error", ""))
+            case "give" | "bright" | "broken":
+                front.give_back(batch, {"give": PIXELS, "bright": BRIGHT}.get(action, PictureError("decode_error", "")))
                 batch = None
             case "submit":
                 front.submit()

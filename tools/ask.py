@@ -233,8 +233,11 @@ def knowledge_text(memory: Provenance) -> str:
     """What an answer knew."""
     span = seconds_text(seconds_known(memory))
     newest = time_text(memory.until_ns, memory.ts_kind)
+    same = ""
+    if isinstance(memory.seen_until_ns, int):
+        same = f", and nothing new until {time_text(memory.seen_until_ns, memory.ts_kind)}"
     gone = f", {memory.num_forgotten_frames} forgotten" if memory.num_forgotten_frames else ""
-    return f"knew {memory.num_frames} frames of {span}, the newest of {newest} ({memory.num_tokens} tokens){gone}"
+    return f"knew {memory.num_frames} frames of {span}, the newest of {newest}{same} ({memory.num_tokens} tokens){gone}"
 
 
 def timing_text(timing: AnswerTiming) -> str:

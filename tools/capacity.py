@@ -112,7 +112,10 @@ class CapacityOptions:
             stride=1,
             chunk_frames=self.chunk_frames,
             memory_bytes=memory_bytes,
-            retention="stop",  # how much fits is the question
+            # How much fits is the question.
+            gate=0,
+            drop=1,
+            retention="stop",
             encode_width=or_unset(width),
             encode_height=or_unset(height),
         )

@@ -227,6 +227,11 @@ STAGES = Family[StreamStats](
 TOKENS = Family[StreamStats](
     "onlooker_memory_tokens", "Tokens that the memory holds.", lambda stats: _known(stats.cache.num_tokens)
 )
+DROPPED_TOKENS = Family[StreamStats](
+    "onlooker_memory_dropped_tokens",
+    "Tokens left out of the memory since it began or was reset, because they said nothing new.",
+    lambda stats: _known(stats.cache.num_dropped_tokens),
+)
 CAPACITY = Family[StreamStats](
     "onlooker_memory_capacity_tokens",
     "Tokens that the memory can hold.",
@@ -317,8 +322,8 @@ OF_NODE: tuple[Family[NodeStats], ...] = (
 )
 OF_STREAM: tuple[Family[StreamStats], ...] = (
     *(STREAM_STATE, LAG, RECEIVED_FRAMES, KEPT_FRAMES, ENCODED_FRAMES, DROPPED_FRAMES, PENDING_FRAMES),
-    *(PADDED_FRAMES, MISSED_FRAMES, STAGES, TOKENS, CAPACITY, LOGICAL_BYTES, RESIDENT_BYTES, MEMORY_FRAMES, SPAN),
-    *(POSITIONS_USED, POSITIONS_LEFT, UNTIL_FULL, FULL),
+    *(PADDED_FRAMES, MISSED_FRAMES, STAGES, TOKENS, DROPPED_TOKENS, CAPACITY, LOGICAL_BYTES, RESIDENT_BYTES),
+    *(MEMORY_FRAMES, SPAN, POSITIONS_USED, POSITIONS_LEFT, UNTIL_FULL, FULL),
 )
 OF_HEARING: tuple[Family[Hearing], ...] = (UP, EVENTS, MISSED_RECORDS, MALFORMED_RECORDS)
 FAMILIES = (*OF_HELLO, *OF_NODE, *OF_STREAM, *OF_HEARING)

@@ -13,7 +13,7 @@ from ..protocol.camera import FramePublisher
 from ..protocol.client import NodeClient
 from ..protocol.errors import ErrorCode, NodeError, NoReplyError
 from ..protocol.interface import VideoMemory
-from ..protocol.messages import RetentionName, StreamSpec, StreamStats, or_unset
+from ..protocol.messages import StreamSpec, StreamStats
 from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT, FRAMES_ENDPOINT
 from .connection import Keys, NoNodeError, check_keys, open_client, wait_ready
 from .quantity import bytes_text
@@ -94,7 +94,7 @@ class Link:
                 message = f"the node has no stream {name}; leave out --no-add, or: onlooker add {name}"
                 raise NodeError(ErrorCode.UNKNOWN_STREAM, message)
             if name not in known:
-                typer.echo(added_text(add_stream(node, name)), err=True)
+                typer.echo(added_text(add_stream(node, StreamSpec(stream=name))), err=True)
 
     def _publisher(self, stream: str) -> FramePublisher:
         check_keys(self.keys, is_server=self.is_bound)
@@ -113,10 +113,10 @@ class Link:
             raise NoSubscriberError(publisher.stream, publisher.endpoint, self.timeout_s)
 
 
-def add_stream(node: NodeClient, stream: str, retention: RetentionName | None = None) -> StreamStats:
+def add_stream(node: NodeClient, spec: StreamSpec) -> StreamStats:
     """Add a stream to a node, and say what it is like there. Raises the errors of the client."""
-    node.add_stream(StreamSpec(stream=stream, retention=or_unset(retention)))
-    return stats_of(node, stream)
+    node.add_stream(spec)
+    return stats_of(node, spec.stream)
 
 
 def added_text(stats: StreamStats) -> str:

@@ -14,7 +14,7 @@ import msgspec
 import typer
 
 from ..protocol.client import NodeClient
-from ..protocol.messages import CacheInfo, Mark, RetentionName, StreamStats
+from ..protocol.messages import CacheInfo, Mark, RetentionName, StreamSpec, StreamStats, or_unset
 from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT
 from .connection import (
     ClientKeyOption,
@@ -98,10 +98,21 @@ def add(
     retention: Annotated[
         RetentionName | None, typer.Option(help="What a full memory does; without it, what the node's settings say.")
     ] = None,
+    gate: Annotated[
+        float | None,
+        typer.Option(min=0, max=255, help="Leave out frames that changed by less, in grey levels; 0 leaves out none."),
+    ] = None,
+    drop: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Leave out tokens more similar to the last ones kept; 1 leaves out none."),
+    ] = None,
     is_json: JsonOption = False,
 ) -> None:
     """Add a stream to a node, which reserves its memory."""
-    stats = add_stream(client, stream, retention)
+    stats = add_stream(
+        client,
+        StreamSpec(stream=stream, retention=or_unset(retention), gate=or_unset(gate), drop=or_unset(drop)),
+    )
     _print(is_json, stats, added_text(stats))
 
 
@@ -183,7 +194,8 @@ def _stream_text(stats: StreamStats) -> str:
 
 def _cache_text(cache: CacheInfo) -> str:
     used = f"{cache.num_tokens} of {cache.capacity_tokens} tokens ({bytes_text(cache.logical_bytes)})"
-    return f"remembers {cache.num_frames} frames in {used}"
+    dropped = f", {cache.num_dropped_tokens} tokens dropped" if cache.num_dropped_tokens else ""
+    return f"remembers {cache.num_frames} frames in {used}{dropped}"
 
 
 def _mark_text(mark: Mark) -> str:

@@ -104,7 +104,7 @@ class Arrivals(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def lost(self) -> dict[str, int]:
         """Frames that were meant for the memory and are not in it, by reason."""
-        on_purpose = ("sampled_out", "paused", "reset", "removed")
+        on_purpose = ("sampled_out", "gated", "paused", "reset", "removed")
         lost = {reason: num for reason, num in self.dropped.items() if reason not in on_purpose}
         return lost | {"never_arrived": self.gaps} if self.gaps else lost
 

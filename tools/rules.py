@@ -14,7 +14,7 @@ HEADER = """\
 """
 
 # Dropped because somebody wished it so, or told by an alert of its own.
-_WISHED = "sampled_out|paused|reset|removed|memory_full"
+_WISHED = "sampled_out|gated|paused|reset|removed|memory_full"
 _FAILURES = "INTERNAL|OUT_OF_MEMORY|DEADLINE_EXCEEDED|BUSY"
 
 

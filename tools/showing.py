@@ -123,6 +123,7 @@ class _Stage:
                 chunk_frames=setting.chunk_frames,
                 layout=setting.layout,
                 stride=1,
+                gate=0,  # every frame is waited for
                 retention="stop",  # all that was shown is asked about
             )
         )

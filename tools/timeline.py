@@ -14,8 +14,8 @@ from .quantity import NS_PER_S
 MAX_SPANS = 240
 RATE_WINDOW_S = 3.0
 
-# Frames that nobody wanted in the memory: the sampler's choice, and the wish of those who steer.
-ON_PURPOSE = frozenset({"sampled_out", "paused", "reset", "removed"})
+# Frames that nobody wanted in the memory: the choice of sampler and gate, and the wish of those who steer.
+ON_PURPOSE = frozenset({"sampled_out", "gated", "paused", "reset", "removed"})
 
 _NO_FRAMES = FrameCounters(received=0, kept=0, encoded=0, pending=0, padded=0, dropped={}, gaps=0)
 

@@ -242,6 +242,8 @@ def _memory(cache: CacheInfo, fills: bool) -> RenderableType:
         text += f" of {seconds_text(cache.seconds)}"
     if cache.num_forgotten_frames:
         text += f", {cache.num_forgotten_frames} forgotten"
+    if cache.num_dropped_tokens:
+        text += f", {cache.num_dropped_tokens} tokens dropped"
     if cache.full:
         text += ", full"
     elif fills and cache.seconds_until_full is not UNSET:

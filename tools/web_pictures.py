@@ -42,6 +42,7 @@ COMPONENTS = (
 # Why frames are not in the memory, as people say it.
 REASONS = {
     "sampled_out": "not wanted at this rate",
+    "gated": "nothing new in them",
     "paused": "while paused",
     "reset": "on their way at a reset",
     "removed": "on their way at a removal",
