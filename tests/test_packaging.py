@@ -29,7 +29,7 @@ COMPUTING = {
     *("native_answers", "passes", "preprocess", "random_checkpoint", "reference", "verify", "vram"),
     *("bench", "bench_engine", "bench_naive", "bench_profile", "bench_report", "bench_wire"),
     *("ceilings", "published", "published_node", "stopwatch"),
-    *("compilation", "language", "split_kv", "split_kv_kernels", "steps", "token_drop", "vision"),
+    *("compilation", "language", "pace", "split_kv", "split_kv_kernels", "steps", "token_drop", "upload", "vision"),
 }
 
 
