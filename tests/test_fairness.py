@@ -45,6 +45,38 @@ def test_a_question_that_comes_while_chunks_are_encoded_goes_first():
     assert share.choose(can_encode=True, can_decode=True) == "decode"
 
 
+@pytest.mark.parametrize(("side", "alone"), [("decode", "encode"), ("encode", "decode")])
+def test_work_that_comes_bit_by_bit_gets_no_more_than_its_share(side: Side, alone: Side):
+    """Whenever a turn of one side is over it has no work for a while, in which the other is alone."""
+    share = FairShare()
+    spent = {"encode": 0.0, "decode": 0.0}
+    share.choose(can_encode=True, can_decode=True)
+    share.spent(side, 1.0)  # so that both sides' first turns are behind us
+    for _ in range(1000):
+        assert share.choose(can_encode=alone == "encode", can_decode=alone == "decode") == alone
+        share.spent(alone, 0.1)
+        spent[alone] += 0.1
+        if share.choose(can_encode=True, can_decode=True) == side:
+            share.spent(side, 0.5)
+            spent[side] += 0.5
+        else:
+            share.spent(alone, 0.1)
+            spent[alone] += 0.1
+    part = spent[side] / sum(spent.values())
+    assert part <= (ENCODE_SHARE if side == "encode" else 1 - ENCODE_SHARE) + 0.01
+
+
+def test_a_side_that_wants_nothing_is_owed_nothing():
+    share = FairShare(0.5)
+    assert share.choose(can_encode=True, can_decode=True) == "decode"
+    share.spent("decode", 5.0)
+    assert share.choose(can_encode=False, can_decode=True) == "decode"
+    share.spent("decode", 1.0)
+    assert share.choose(can_encode=True, can_decode=True) == "decode"
+    share.spent("decode", 1.0)
+    assert share.choose(can_encode=True, can_decode=True) == "encode"
+
+
 def test_many_short_turns_are_worth_one_long_one():
     sides = sides_of(FairShare(0.75), 13, {"encode": 1.0, "decode": 0.125})
     # A decode step of 1/8 s is paid for by 3/8 s of encoding; a chunk pays for 8/3 steps.
