@@ -1,11 +1,13 @@
 """Where the time goes on a GPU, stage by stage and variant by variant: the engine's ways beside those it replaced.
 
-    python tests/gpu/speed.py {right,start,kernels,model} [--model qwen2.5-vl-3b] [--budget 120] [--json FILE]
+    python tests/gpu/speed.py {right,start,kernels,model,upload,between} [--model NAME] [--budget 120] [--json FILE]
 
 `right` compares the kernels and the captured steps with plain torch, and passes the exactness gate; `start` starts
 an engine at a published model's sizes with random weights and shows what it gave up, what it takes, and that nothing
 is compiled once it is warm; `kernels` times attention alone; `model` times the stages of a 1080p chunk, of a question
-and of decoding with CUDA events. What fails is printed with its traceback, and the rest goes on; what would begin
+and of decoding with CUDA events; `upload` times the ways of pictures to the device, alone and under a stream of
+chunks; `between` shows the pace of answers and the rate of a stream together, with and without decode steps between
+the layers of a chunk. What fails is printed with its traceback, and the rest goes on; what would begin
 after the budget (seconds) is left out.
 """
 
@@ -17,7 +19,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +31,12 @@ import transformers
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from onlooker.node import model as model_module
 from onlooker.node import vision
 from onlooker.node.answer import decode_tokens
 from onlooker.node.arena import Arena, KVShape
 from onlooker.node.attention import Partial, attend_causal, attend_recent, attend_shared, grouped, merge
+from onlooker.node.bench_engine import STREAM, Askers, BenchEngine, Frames, Setting
 from onlooker.node.branch import Branch, Scratch
 from onlooker.node.chunk import Chunk, Picture
 from onlooker.node.compilation import Compilation
@@ -44,6 +50,7 @@ from onlooker.node.passes import Prefill
 from onlooker.node.published import build_published
 from onlooker.node.random_checkpoint import write_checkpoint
 from onlooker.node.split_kv import Row, SplitAttention, attend_rows
+from onlooker.node.upload import Uploader, upload
 from onlooker.node.verify import verify
 from onlooker.protocol.messages import Ask, AskChoice
 
@@ -573,6 +580,159 @@ def time_engine(report: Report, model: VisionLanguageModel) -> None:
     engine.close()
 
 
+# --------------------------------------------------------------------------------- chunks and questions at once
+
+
+SETTINGS = {"1080p": Setting((1920, 1080), None, 4), "1080p at 392x224": Setting((1920, 1080), (392, 224), 4)}
+NUM_CHUNKS = {"1080p": 6, "1080p at 392x224": 48}
+
+
+@contextmanager
+def _warm_engine(report: Report, name: str) -> Iterator[BenchEngine]:
+    engine = BenchEngine(build_published(name, device=CUDA.type, dtype=torch.bfloat16))
+    began = time.monotonic()
+    engine.warm_up()
+    report.add("warm-up, s", time.monotonic() - began)
+    report.add("steps captured", engine._scratch.steps is not None)
+    engine.start()
+    yield engine
+    report.add("traces", engine.question_counters().traces)
+    report.add("the engine has ended", engine.close())
+
+
+@contextmanager
+def _stream(engine: BenchEngine, setting: Setting) -> Iterator[StreamMemory]:
+    """A stream over a history of noise."""
+    num_bytes = (HISTORY + 60_000) * engine._model.kv_shape.bytes_per_token
+    options = StreamOptions(
+        STREAM, chunk_frames=setting.chunk_frames, encode_size=setting.encode_size, memory_bytes=num_bytes
+    )
+    engine.add_stream(options).result()
+    engine.fill(STREAM, HISTORY).result()
+    yield engine._memories[STREAM]
+    engine.remove_stream(STREAM).result()
+
+
+def _chunks_in_a_row(engine: BenchEngine, frames: Frames, num: int) -> float:
+    """Milliseconds of a chunk, with two on their way as a node has them."""
+    waiting: deque[Any] = deque()
+    began = time.perf_counter()
+    for _ in range(num):
+        waiting.append(engine.encode(STREAM, frames.chunk()))
+        if len(waiting) > 1:
+            waiting.popleft().result()
+    waiting.popleft().result()
+    return (time.perf_counter() - began) / num * 1e3
+
+
+def _rate_alone(engine: BenchEngine, frames: Frames, num: int) -> float:
+    """The same, and the memory is cut back afterwards."""
+    ms = _chunks_in_a_row(engine, frames, num)
+    engine.rewind(STREAM)
+    return ms
+
+
+def _pageable(frames: Any, device: torch.device) -> Tensor:
+    """What `upload` replaced."""
+    return torch.from_numpy(np.stack(frames)).to(device)
+
+
+def time_upload(report: Report, name: str) -> None:
+    """Four 1080p pictures to the device by themselves, then for each chunk of a stream."""
+    pixels = [picture.pixels for picture in Frames(SETTINGS["1080p"]).chunk().pictures]
+    report.time("upload: pageable", lambda: _pageable(pixels, CUDA), 9)
+    report.time("upload: page-locked", lambda: upload(pixels, CUDA), 9)
+    host = torch.empty(len(pixels), *pixels[0].shape, dtype=torch.uint8, pin_memory=True)
+    report.time("upload: page-locked, the device's part", lambda: host.to(CUDA, non_blocking=True), 9)
+    with _warm_engine(report, name) as engine:
+        ahead = engine._uploader
+        ways: dict[str, tuple[Any, Uploader | None]] = {
+            "pageable, at its turn": (_pageable, None),
+            "page-locked, at its turn": (upload, None),
+            "page-locked, ahead": (upload, ahead),
+        }
+        for what, setting in SETTINGS.items():
+            with _stream(engine, setting):
+                frames = Frames(setting)
+                _rate_alone(engine, frames, 4)
+                for way, (bring, engine._uploader) in ways.items():
+                    model_module.upload = bring  # type: ignore[attr-defined]
+                    for _ in range(2):
+                        ms = _rate_alone(engine, frames, NUM_CHUNKS[what])
+                        report.add(f"upload: a chunk of {what}, {way}, ms", ms)
+        engine._uploader = ahead
+
+
+class Watched:
+    """When the decode steps of an engine end."""
+
+    def __init__(self, engine: BenchEngine) -> None:
+        self.ends: list[float] = []
+        self._step = engine._decode_step
+        engine._decode_step = self._watch  # type: ignore[method-assign]
+
+    def _watch(self) -> None:
+        self._step()
+        self.ends.append(time.perf_counter())
+
+    def gaps_ms(self) -> list[float]:
+        return sorted((b - a) * 1e3 for a, b in zip(self.ends, self.ends[1:], strict=False))
+
+
+def time_between(report: Report, name: str) -> None:
+    """What answers and a stream have of each other, with a chunk as one turn and with each of its layers as one."""
+    with _warm_engine(report, name) as engine:
+        watched = Watched(engine)
+        for what, setting in SETTINGS.items():
+            for is_on in (False, True):
+                way = f"{what}, {'between layers' if is_on else 'a chunk at a time'}"
+                with _stream(engine, setting) as memory:
+                    if not is_on:
+                        append = memory.append
+                        memory.append = lambda chunk, up, _, append=append: append(chunk, up)  # type: ignore[method-assign]
+                    _time_both(report, way, engine, watched, Frames(setting), NUM_CHUNKS[what])
+
+
+def _time_both(
+    report: Report, way: str, engine: BenchEngine, watched: Watched, frames: Frames, num_chunks: int
+) -> None:
+    _rate_alone(engine, frames, 4)
+    alone_ms = statistics.median(_rate_alone(engine, frames, num_chunks) for _ in range(3))
+    report.add(f"{way}: a chunk while nobody asks, ms", alone_ms)
+    firsts = [_first_token_in_a_chunk(engine, frames, alone_ms) for _ in range(5)]
+    report.add(f"{way}: first token of a question in a chunk, median and worst ms", _spread(firsts))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with Askers(engine, 8, num_tokens=64) as askers:
+        askers.wait_until_each_was_answered()
+        watched.ends.clear()
+        began = time.perf_counter()
+        both_ms = _chunks_in_a_row(engine, frames, num_chunks)
+        seconds = time.perf_counter() - began
+        gaps = watched.gaps_ms()
+    engine.rewind(STREAM)
+    report.add(f"{way}: a chunk while 8 are answered, ms", both_ms)
+    report.add(f"{way}: rate kept, %", alone_ms / both_ms * 100)
+    report.add(f"{way}: time of a token while chunks come, median and worst ms", _spread(gaps))
+    report.add(f"{way}: tokens/s of 8 while chunks come", 8 * len(gaps) / seconds)
+    report.add(f"{way}: workspace peak, GB", (torch.cuda.max_memory_allocated() - before) / 1e9)
+
+
+def _first_token_in_a_chunk(engine: BenchEngine, frames: Frames, chunk_ms: float) -> float:
+    """Milliseconds to the first token of a question that comes when a third of a chunk is done."""
+    encoding = engine.encode(STREAM, frames.chunk())
+    time.sleep(chunk_ms / 3e3)
+    ask = Ask(stream=STREAM, question="What do you see now?", max_new_tokens=1)
+    answer = engine.ask(ask, arrived=time.monotonic()).result()
+    encoding.result()
+    engine.rewind(STREAM)
+    return answer.timing.first_token_ms
+
+
+def _spread(times: list[float]) -> str:
+    return f"{statistics.median(times):.1f} {max(times):.1f}" if times else "none"
+
+
 def time_model(report: Report, bench: Bench) -> None:
     """All stages, kernel by kernel, captured, and compiled."""
     report.section("vision", bench.time_vision)
@@ -605,7 +765,9 @@ def time_kernels(report: Report) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "part", choices=["right", "start", "kernels", "model"], help="a process each: one may break its GPU"
+        "part",
+        choices=["right", "start", "kernels", "model", "upload", "between"],
+        help="a process each: one may break its GPU",
     )
     parser.add_argument("--model", default="qwen2.5-vl-3b")
     parser.add_argument("--budget", type=float, default=120.0)
@@ -621,6 +783,10 @@ def main() -> int:
         report.section("the start of an engine", lambda: check_start(report, args.model))
     elif args.part == "kernels":
         time_kernels(report)
+    elif args.part == "upload":
+        report.section("pictures to the device", lambda: time_upload(report, args.model))
+    elif args.part == "between":
+        report.section("chunks and questions at once", lambda: time_between(report, args.model))
     else:
         report.section("the model", lambda: time_model(report, Bench(report, args.model)))
     return 0

@@ -12,7 +12,9 @@ from onlooker.node.chunk import Chunk, Picture  # noqa: E402
 from onlooker.node.engine import Engine, load_engine  # noqa: E402
 from onlooker.node.model import load_model  # noqa: E402
 from onlooker.node.options import StreamOptions  # noqa: E402
+from onlooker.node.pace import Pace  # noqa: E402
 from onlooker.node.random_checkpoint import write_checkpoint  # noqa: E402
+from onlooker.node.upload import Uploader  # noqa: E402
 from onlooker.node.verify import verify  # noqa: E402
 from onlooker.protocol.messages import Ask  # noqa: E402
 
@@ -84,6 +86,75 @@ def test_a_step_that_would_wait_for_the_device_is_given_up_before_it_is_captured
     model.language.after = plain
     scratch.capture_steps(model)
     assert scratch.steps is not None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_questions_between_the_layers_of_chunks_leave_no_trace(dtype, tmp_path, rng):
+    """Captured steps run in the middle of chunks, whose pictures came ahead on a stream of their own."""
+    write_checkpoint(tmp_path, "qwen2_5_vl")
+    model = load_model(str(tmp_path), dtype=dtype, device="cuda")
+    engine = Engine(model, max_concurrent_questions=4, scratch_tokens=256)
+    engine.warm_up("off")
+    engine.start()
+    try:
+        chunks = [_chunk(rng, first) for first in range(0, 160, 4)]
+        rows = {}
+        for name in ("alone", "asked"):
+            engine.add_stream(StreamOptions(name, memory_bytes=1 << 24)).result(60)
+            engine.encode(name, chunks[0]).result(60)
+            encodings = [engine.encode(name, chunk) for chunk in chunks[1:]]
+            questions = []
+            while name == "asked" and not encodings[-1].done():
+                ask = Ask(stream=name, question=f"What is it? {len(questions)}", max_new_tokens=8)
+                questions.append(engine.ask(ask, arrived=time.monotonic()))
+                questions[-1].result(60)
+            assert all(encoding.result(60).num_tokens for encoding in encodings)
+            assert all(question.result(60).memory.unchanged for question in questions)
+            memory = engine._memories[name]
+            extent = memory.extent(memory.now)
+            rows[name] = [part.cpu() for layer in range(extent.arena.shape.num_layers) for part in extent.rows(layer)]
+        assert len(questions) > 2 and engine._scratch.steps is not None
+        assert all(torch.equal(a, b) for a, b in zip(rows["alone"], rows["asked"], strict=True))
+    finally:
+        assert engine.close()
+
+
+def test_pictures_that_come_ahead_are_those_of_their_chunk(rng):
+    device = torch.device("cuda", 0)
+    uploader = Uploader(device)
+    chunks = [_chunk(rng, first, (1080, 1920)) for first in range(0, 24, 4)]
+    ahead = uploader.start(chunks[0])
+    for chunk, after in zip(chunks, [*chunks[1:], None], strict=True):
+        pixels = ahead.pixels()
+        torch.cuda._sleep(50_000_000)  # the device is behind while the next one's pictures come
+        if after is not None:
+            ahead = uploader.start(after)
+        seen = pixels.clone()
+        del pixels
+        assert (seen.cpu().numpy() == [picture.pixels for picture in chunk.pictures]).all()
+    uploader.close()
+
+
+def test_the_host_stays_two_steps_ahead_of_the_device():
+    pace = Pace(torch.device("cuda", 0))
+    ends = []
+    for _ in range(6):
+        torch.cuda._sleep(20_000_000)
+        end = torch.cuda.Event()
+        end.record()
+        pace.keep()
+        ends.append(end)
+        assert all(end.query() for end in ends[:-2]) and not ends[-1].query()
+
+
+def _chunk(rng, first, size=(112, 168)):
+    shape = (*size, 3)
+    return Chunk(
+        tuple(
+            Picture(rng.integers(0, 256, shape, dtype="uint8"), i, i * 10**8, "media", i * 10**8)
+            for i in range(first, first + 4)
+        )
+    )
 
 
 @pytest.fixture
