@@ -16,7 +16,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from .branch import Branch, Scratch
 from .chunk import CHUNK_FRAMES, Chunk, Picture
 from .machine import machine
 from .memory import StreamMemory
-from .model import VisionLanguageModel, load_model, resolve_device, use_few_threads
+from .model import Between, VisionLanguageModel, load_model, resolve_device, use_few_threads
 from .native_answers import compare_answers
 from .options import StreamOptions
 from .passes import Prefill
@@ -158,6 +158,9 @@ def _visible(lengths: Sequence[int], num_anchor: int, held: Sequence[Sequence[in
 # --------------------------------------------------------------------------------------------- no trace
 
 
+Ending = Callable[[VisionLanguageModel, StreamMemory, Scratch], None]
+
+
 class _BrokenPass(Exception):
     """Planted in the middle of a forward pass."""
 
@@ -168,24 +171,42 @@ def _no_trace(model: VisionLanguageModel, layout: str) -> Iterator[Check]:
     asked, never = _memory(model, layout, 4), _memory(model, layout, 4)
     scratch = Scratch(model.kv_shape, 2, _SLOT_TOKENS)
     endings = (_answer_greedily, _answer_sampled, _cancel_half_way, _fail_in_prefill, _fail_in_decode)
-    for i, chunk in enumerate(_chunks(frames, 4)):
+    chunks = _chunks(frames, 4)
+    for i, chunk in enumerate(chunks):
         never.append(chunk)
         if i:
             endings[i % len(endings)](model, asked, scratch)
             _fail_in_chunk(model, asked, chunk)
-        asked.append(chunk)
+        is_last = i == len(chunks) - 1
+        asked.append(chunk, between=_in_the_middle(model, asked, scratch, endings) if is_last else None)
     extents = [memory.extent(memory.now) for memory in (asked, never)]
     differing = sum(
         int((mine != theirs).sum())
         for layer in range(model.kv_shape.num_layers)
         for mine, theirs in zip(*(extent.rows(layer) for extent in extents), strict=True)
     )
-    case = f"{layout}: {len(endings)} ways a question ends, and a chunk that fails"
+    case = f"{layout}: {len(endings)} ways a question ends, also in the middle of a chunk, and a chunk that fails"
     yield Check("no trace, K and V that differ", model.name, case, float(differing), 0.0)
     question = asked.layout.question(asked.now.layout, _QUESTION)
     logits = [model.logits(model.read(question, Prefill([extent]))) for extent in extents]
     yield Check("no trace, next logits", model.name, case, _distance(*logits), 0.0)
     yield Check("no trace, slots still held", model.name, case, float(2 - scratch.num_free), 0.0)
+
+
+def _in_the_middle(
+    model: VisionLanguageModel, memory: StreamMemory, scratch: Scratch, endings: Sequence[Ending]
+) -> Between:
+    """One ending after each layer, from the last two of the vision tower on: small models have three more."""
+    num_before = model.config.vision_config.depth - 2
+    left = iter([None] * num_before + list(endings))
+
+    def between() -> float:
+        ending = next(left, None)
+        if ending is not None:
+            ending(model, memory, scratch)
+        return 0.0
+
+    return between
 
 
 def _answer_greedily(model: VisionLanguageModel, memory: StreamMemory, scratch: Scratch) -> None:
