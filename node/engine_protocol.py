@@ -50,7 +50,7 @@ class EngineProtocol(Protocol):
 
     @property
     def progress_age_ms(self) -> float:
-        """Milliseconds since the engine thread last came round its loop."""
+        """Milliseconds since the engine thread last came round its loop, or to the next layer of a chunk."""
         ...
 
     def add_stream(self, options: StreamOptions) -> Future[None]:

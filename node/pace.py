@@ -4,14 +4,16 @@ from collections import deque
 
 import torch
 
-_STEPS_AHEAD = 2  # enough that the device always has work, and soon done
+# Enough that the device has work while other threads of the process keep the host, and done soon: four layers of a
+# 1080p chunk take an H200 about 10 ms.
+_STEPS_AHEAD = 4
 
 
 class Pace:
-    """Keeps the host two steps ahead of a GPU, a step being what was launched between two calls of `keep`.
+    """Keeps the host a few steps ahead of a GPU, a step being what was launched between two calls of `keep`.
 
-    So what the host launches next begins within two steps, and the device never waits. On the CPU, where a step
-    is done when it returns, it does nothing.
+    So what the host launches next begins soon, and the device need not wait for it. On the CPU, where a step is done
+    when it returns, it does nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -19,7 +21,7 @@ class Pace:
         self._ends = deque(torch.cuda.Event() for _ in range(num))
 
     def keep(self) -> None:
-        """End a step; wait for the end of the one two steps before."""
+        """End a step; wait for the end of an earlier one."""
         if self._ends:
             end = self._ends.popleft()
             end.synchronize()  # one that was never recorded is no wait

@@ -135,16 +135,16 @@ def test_pictures_that_come_ahead_are_those_of_their_chunk(rng):
     uploader.close()
 
 
-def test_the_host_stays_two_steps_ahead_of_the_device():
+def test_the_host_stays_a_few_steps_ahead_of_the_device():
     pace = Pace(torch.device("cuda", 0))
     ends = []
-    for _ in range(6):
+    for _ in range(8):
         torch.cuda._sleep(20_000_000)
         end = torch.cuda.Event()
         end.record()
         pace.keep()
         ends.append(end)
-        assert all(end.query() for end in ends[:-2]) and not ends[-1].query()
+        assert all(end.query() for end in ends[:-4]) and not ends[-1].query()
 
 
 def _chunk(rng, first, size=(112, 168)):
