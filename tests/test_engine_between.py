@@ -15,6 +15,7 @@ from onlooker.node.engine import Engine
 from onlooker.node.fairness import FairShare
 from onlooker.node.memory import StreamMemory
 from onlooker.node.options import StreamOptions
+from onlooker.node.steps import Steps
 from onlooker.node.upload import Upload, Uploader
 from onlooker.protocol.messages import Answer, Ask, AskChoice
 
@@ -111,16 +112,20 @@ def test_an_answer_grows_while_a_chunk_is_encoded_and_its_time_is_not_the_chunk_
     assert own_ms + chosen.total_ms - chosen.queue_ms <= whole_ms
 
 
-@pytest.mark.parametrize("layout", ["native", "turns"])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("has_steps", [False, True])
+@pytest.mark.parametrize(
+    ("family", "layout"), [("qwen2_5_vl", "native"), ("qwen2_5_vl", "turns"), ("qwen3_vl", "native")]
+)
 def test_a_memory_is_the_same_bit_for_bit_when_questions_ran_between_its_layers(
-    checkpoints: Checkpoints, family: str, layout: str
+    checkpoints: Checkpoints, family: str, layout: str, has_steps: bool
 ):
     model = DirectedModel(checkpoints.model(family))
     chunks = [chunk(seq, factor=model.geometry.factor) for seq in range(0, 10, 2)]
     asked = running(model, layout=layout)
     engine = next(asked)
     favour_answers(engine)
+    if has_steps:  # as a GPU has them, but for the graphs
+        engine._scratch.steps = Steps(model, engine._scratch.arena, 3)
     engine.encode("front", chunks[0]).result(WAIT_S)
     questions: list[Future[Any]] = []
     for each in chunks[1:]:
