@@ -65,7 +65,7 @@ class TokenDrop:
             similarity = F.cosine_similarity(patch.float(), last.float(), dim=-1).clamp(max=1)
             similarity = similarity.masked_fill(is_forgotten, -torch.inf)
             is_new = ~(similarity > self._max_similarity)
-            is_new[similarity.argmin()] = True
+            is_new.index_fill_(0, similarity.argmin(dim=0, keepdim=True), True)
             last = torch.where(is_new[:, None], patch, last)
             masks.append(is_new)
             is_forgotten = torch.zeros_like(is_forgotten)
@@ -89,7 +89,7 @@ def _sifted(span: Span, vision: Vision, is_new: np.ndarray) -> Sifted:
     stays = ~span.visual
     stays[span.visual] = is_new
     rows = torch.from_numpy(np.flatnonzero(is_new)).to(vision.embeds.device)
-    deepstack = None if vision.deepstack is None else [features[rows] for features in vision.deepstack]
+    deepstack = None if vision.deepstack is None else [layer[rows.to(layer.device)] for layer in vision.deepstack]
     return Sifted(
         Span(span.ids[stays], span.positions[:, stays], span.visual[stays], span.next_position),
         Vision(vision.embeds[rows], deepstack),

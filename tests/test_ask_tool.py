@@ -18,9 +18,11 @@ from deadline import until
 from fakes import FakeEngine
 from msgspec.structs import replace
 from nodes import remember, running_node
+from replies import MEMORY
 
 from onlooker.node.node import Node
 from onlooker.protocol.messages import Answer
+from onlooker.tools.ask import knowledge_text
 
 
 @pytest.fixture
@@ -64,6 +66,11 @@ def test_what_it_knew_how_long_it_took_and_the_proof_go_to_standard_error(node: 
     assert "knew 4 frames" in err
     assert "first token" in err
     assert "memory unchanged" in err
+
+
+def test_it_says_until_when_nothing_new_came() -> None:
+    seen = replace(MEMORY, seen_until_ns=10**10)
+    assert "the newest of 0.00 s of the file, and nothing new until 10.00 s of the file (8" in knowledge_text(seen)
 
 
 def test_a_choice_is_one_of_the_options_with_their_probabilities(node: Node) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Checkpoints, DirectedModel, are_equal, chunk, memory, rows
+from checkpoints import FRAME_NS, Checkpoints, DirectedModel, are_equal, chunk, memory, rows
 from deadline import until
 
-from onlooker.node.chunk import Chunk, ChunkRefused
+from onlooker.node.chunk import Chunk, ChunkRefused, Unchanged
 from onlooker.node.engine import MAX_MARKS, Engine, load_engine
 from onlooker.node.engine_protocol import EngineProtocol
 from onlooker.node.memory import StreamMemory
@@ -171,6 +171,19 @@ def test_the_figures_of_a_memory_follow_its_chunks(engine: Engine, model: Direct
     assert info.num_tokens == sum(each.num_tokens for each in encoded)
     assert info.logical_bytes == info.num_tokens * model.kv_shape.bytes_per_token
     assert (info.num_chunks, info.newest_seq) == (2, 3)
+
+
+def test_how_long_nothing_has_changed_is_a_fact_of_the_memory_and_of_a_mark(engine: Engine):
+    engine.note_unchanged("back", Unchanged(0, 1))  # a stream that is gone, for all that the sender knows
+    engine.note_unchanged("front", Unchanged(FRAME_NS, 10 * FRAME_NS))  # while its chunk is on its way
+    encode(engine, 0)
+    assert engine.cache_info("front").seen_until_ns == 10 * FRAME_NS
+    engine.mark("front", "still").result(WAIT_S)
+    engine.note_unchanged("front", Unchanged(FRAME_NS, 11 * FRAME_NS))
+    until(lambda: engine.cache_info("front").seen_until_ns == 11 * FRAME_NS)
+    encode(engine, 2)
+    assert engine.cache_info("front").seen_until_ns is UNSET
+    assert ask(engine, as_of="still").result(WAIT_S).memory.seen_until_ns == 10 * FRAME_NS
 
 
 def test_device_memory_counts_weights_streams_and_scratch(engine: Engine, model: DirectedModel):

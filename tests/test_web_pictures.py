@@ -105,6 +105,11 @@ def test_an_answer_stands_with_what_it_knew_how_long_it_took_and_its_proof() -> 
         assert fact in said
 
 
+def test_an_answer_is_as_of_the_time_until_which_nothing_new_came() -> None:
+    seen = msgspec.structs.replace(KNOWN, seen_until_ns=9 * NS)
+    assert "as of 9.00 s of the file" in text(pictures.conversation([answered(memory=seen)], "gate"))
+
+
 def test_an_answer_that_left_a_trace_is_loud() -> None:
     changed = msgspec.structs.replace(KNOWN, fingerprint_after="eeeeffff", unchanged=False)
     html = pictures.conversation([answered(memory=changed)], "gate")

@@ -165,7 +165,7 @@ class Repetition:
         return None
 
     def _settle(self, stream: str) -> None:
-        """Wait until the memory ends with the last picture that was sent.
+        """Wait until the memory ends with the last picture that was sent, or with one that looked like it.
 
         Where that does not happen in time, the memory will be another one, as the comparison then says.
         """
@@ -175,7 +175,7 @@ class Repetition:
 
         def is_settled() -> bool:
             cache: CacheInfo = self._node.cache_info(stream)
-            return cache.newest_seq == seq and cache.newest_ns == header.ts
+            return (cache.newest_seq == seq and cache.newest_ns == header.ts) or cache.seen_until_ns == header.ts
 
         _until(is_settled, self._timeout_s)
 

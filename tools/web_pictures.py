@@ -232,10 +232,11 @@ def memory(stats: StreamStats | None) -> str:
     cache = stats.cache
     share = cache.num_tokens / cache.capacity_tokens if cache.capacity_tokens else 0.0
     span = UNKNOWN if cache.seconds is UNSET else seconds_text(cache.seconds)
+    dropped = f", {cache.num_dropped_tokens:,} dropped" if cache.num_dropped_tokens else ""
     tiles = [
         _tile("seconds of memory", span, _until_full(stats)),
         _tile("frames", f"{cache.num_frames:,}", f"in {cache.num_chunks:,} chunks"),
-        _tile("tokens", f"{cache.num_tokens:,}", f"of {cache.capacity_tokens:,}"),
+        _tile("tokens", f"{cache.num_tokens:,}", f"of {cache.capacity_tokens:,}{dropped}"),
         _tile("bytes", bytes_text(cache.logical_bytes), f"of {bytes_text(cache.resident_bytes)} reserved"),
     ]
     kind = "warn" if cache.full or share > 0.9 else "good"
@@ -484,8 +485,9 @@ def _score(score: OptionScore, is_best: bool) -> str:
 def _knowledge(known: Provenance, first_token_ms: float, total_ms: float) -> str:
     """What an answer knew, how long it took, and the proof that it left no trace."""
     seconds = seconds_text(round(seconds_known(known), 2))
+    seen_ns = known.seen_until_ns if isinstance(known.seen_until_ns, int) else known.until_ns
     facts = [
-        ("as of", time_text(known.until_ns, known.ts_kind) if known.ts_kind == "media" else _clock_ns(known.until_ns)),
+        ("as of", time_text(seen_ns, known.ts_kind) if known.ts_kind == "media" else _clock_ns(seen_ns)),
         ("in memory", f"{known.num_frames:,} frames of {seconds}, {known.num_tokens:,} tokens"),
         ("first token", ms_text(first_token_ms)),
         ("whole", ms_text(total_ms)),
