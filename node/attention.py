@@ -8,16 +8,21 @@ Shapes: queries (batch, heads, q_len, head_dim) as the layers hand them over; in
 K/V head form a group: (batch, kv_heads, group, q_len, head_dim). Segments are (kv_len, kv_heads, head_dim).
 """
 
+import importlib
 import logging
 import math
+import time
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+LONG_QUERY = 1024  # new tokens from which on attention over the past takes longer than anything else
+PIECES = (32768, 16384, 8192, 4096, 2048, 1024)  # of a past, the longest first
 
 _aten = torch.ops.aten
 
@@ -65,9 +70,12 @@ def attend_recent(query: Tensor, key: Tensor, value: Tensor, scale: float) -> li
     """Attend from the newest tokens of a segment to all of it: they see what was before them, and each other causally.
 
     query (1, kv_heads, group, n, head_dim); key, value (kv_len, kv_heads, head_dim), the last n of them the new
-    tokens' own. One partial or two, as the kernel has it.
+    tokens' own. As many partials as the kernel has it.
     """
-    num_past = key.shape[0] - query.shape[3]
+    n = query.shape[3]
+    if n >= LONG_QUERY and (kernel := long_kernel(query.device, query.dtype, *query.shape[1:3], query.shape[4])):
+        return _attend_by_pieces(kernel, query, key, value, scale)
+    num_past = key.shape[0] - n
     if _kernel(query) is _flash_cuda and _flash_reads_recent(query.device, query.dtype):
         key, value = key.transpose(0, 1)[None], value.transpose(0, 1)[None]
         out, lse = _flash_cuda(query.flatten(1, 2), key, value, True, scale)
@@ -76,6 +84,27 @@ def attend_recent(query: Tensor, key: Tensor, value: Tensor, scale: float) -> li
     partials = [attend_causal(query, own_key, own_value, scale)]
     if num_past:
         partials.append(attend_shared(query, key[:num_past], value[:num_past], scale))
+    return partials
+
+
+def _attend_by_pieces(kernel: "Kernel", query: Tensor, key: Tensor, value: Tensor, scale: float) -> list[Partial]:
+    """`attend_recent` by a kernel that is built anew for each length: it is given the past in few lengths."""
+    n, first, partials = query.shape[3], 0, []
+    num_past = key.shape[0] - n
+    folded = query.flatten(1, 2)  # (1, heads, n, head_dim); the kernels share K/V heads among them
+
+    def attend(start: int, stop: int, causal: bool) -> None:
+        its_key, its_value = (x[start:stop].transpose(0, 1)[None] for x in (key, value))
+        out, lse = kernel(folded, its_key, its_value, causal, scale)
+        partials.append(Partial(out.unflatten(1, query.shape[1:3]), lse.unflatten(1, query.shape[1:3])))
+
+    for length in PIECES:
+        while num_past - first >= length:
+            attend(first, first + length, False)
+            first += length
+    if first < num_past:
+        partials.append(attend_shared(query, key[first:num_past], value[first:num_past], scale))
+    attend(num_past, num_past + n, True)
     return partials
 
 
@@ -99,13 +128,59 @@ def merge(partials: list[Partial]) -> Tensor:
     """Merge partials over disjoint segments into (batch, q_len, heads, head_dim)."""
     if len(partials) == 1:
         out = partials[0].out
+    elif len(partials[0].out) == 1 and _has_merge_kernel(partials[0].out.device):
+        return _merged_by_kernel(partials)
     else:
-        lse = torch.stack([partial.lse for partial in partials])
-        weights = (lse - lse.logsumexp(0)).exp()[..., None]
-        out = sum(weight * partial.out for weight, partial in zip(weights, partials, strict=True))
-        assert isinstance(out, Tensor)
-        out = out.to(partials[0].out.dtype)
+        out = _merged(partials)
     return out.flatten(1, 2).transpose(1, 2)
+
+
+def _merged(partials: list[Partial]) -> Tensor:
+    lse = torch.stack([partial.lse for partial in partials])
+    weights = (lse - lse.logsumexp(0)).exp()[..., None]
+    out = sum(weight * partial.out for weight, partial in zip(weights, partials, strict=True))
+    assert isinstance(out, Tensor)
+    return out.to(partials[0].out.dtype)
+
+
+def _merged_by_kernel(partials: list[Partial]) -> Tensor:
+    """As `merge` for a batch of one, each partial read once."""
+    kernels: Any = importlib.import_module(".split_kv_kernels", __package__)
+    outs, lses = (tuple(part[0] for part in parts) for parts in zip(*partials, strict=True))
+    num_kv_heads, group, n, head_dim = outs[0].shape
+    merged = outs[0].new_empty(1, n, num_kv_heads * group, head_dim)
+    block_n = 16
+    kernels.merge_partials[(-(-n // block_n), num_kv_heads * group)](
+        outs,
+        lses,
+        tuple(stride for out in outs for stride in out.stride()[:3]),
+        tuple(stride for lse in lses for stride in lse.stride()),
+        merged,
+        n,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        NUM=len(partials),
+        BLOCK_N=block_n,
+        BLOCK_D=1 << (head_dim - 1).bit_length(),
+        num_warps=4,
+    )
+    return merged
+
+
+@cache
+def _has_merge_kernel(device: torch.device) -> bool:
+    """Whether partials can be merged by a kernel of our own there; tried once, and in the log if not."""
+    if device.type != "cuda":
+        return False
+    partials = [
+        Partial(torch.randn(1, 2, 3, 5, 24, device=device), torch.randn(1, 2, 3, 5, device=device)) for _ in range(3)
+    ]
+    wanted = _merged(partials).flatten(1, 2).transpose(1, 2)
+    try:
+        return bool(((_merged_by_kernel(partials) - wanted).abs() <= 1e-5).all())
+    except Exception:  # a missing Triton, or a compiler's failure
+        logger.warning("partial attention is merged by several kernels", exc_info=True)
+        return False
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
@@ -156,6 +231,47 @@ def reads_recent(kernel: "Kernel", device: torch.device, dtype: torch.dtype) -> 
     )
 
 
+@cache
+def long_kernel(
+    device: torch.device, dtype: torch.dtype, num_kv_heads: int, group: int, head_dim: int
+) -> "Kernel | None":
+    """The kernel that is fastest where many tokens attend to a long past; None: the usual one.
+
+    Measured at the first call: some cards have none but the usual one, and on some it is the faster one.
+    """
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or not _has_flash(device):
+        return None
+    query, key, value = (
+        torch.randn(1, heads, length, head_dim, device=device, dtype=dtype)
+        for heads, length in ((num_kv_heads * group, 2048), (num_kv_heads, 8192), (num_kv_heads, 8192))
+    )
+
+    def seconds(kernel: "Kernel") -> float:
+        best = math.inf
+        for _ in range(4):
+            torch.cuda.synchronize(device)
+            began = time.perf_counter()
+            kernel(query, key, value, False, head_dim**-0.5)
+            torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    try:
+        pairs = zip(
+            *(kernel(query, key, value, False, head_dim**-0.5) for kernel in (_cudnn, _flash_cuda)), strict=True
+        )
+        gap = max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
+        times = {kernel: seconds(kernel) for kernel in (_cudnn, _flash_cuda)}
+    except RuntimeError:
+        logger.info("cuDNN has no attention for this model here", exc_info=True)
+        return None
+    is_chosen = gap <= 0.02 and times[_cudnn] < times[_flash_cuda]
+    figures = [1e3 * times[kernel] for kernel in (_cudnn, _flash_cuda)]
+    chosen = "cuDNN" if is_chosen else "flash"
+    logger.info("attention over a long past: cuDNN %.2f ms, flash %.2f ms, apart by %g: %s", *figures, gap, chosen)
+    return _cudnn if is_chosen else None
+
+
 def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
@@ -163,6 +279,11 @@ def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> t
 def _flash_cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
     return out, lse[..., : q.shape[2]]
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    return out, lse.reshape(q.shape[:3])
 
 
 def _efficient_cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

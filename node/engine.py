@@ -172,6 +172,7 @@ class Engine:
         """
         model = self._model
         _use_device(model.device)
+        model.choose_kernels()
         expected = self._rehearse()
         compilation = None
         if should_compile(compile, model.device, self._weights_bytes):
@@ -180,6 +181,8 @@ class Engine:
                 compilation.give_up()
         self._scratch.capture_steps(model)
         self._check_steps(expected)
+        if model.record_chunks() and not self._computes("captured chunks", expected):
+            model.launch_chunks()
         if compilation is not None:
             compilation.finish()
         if model.device.type == "cuda":

@@ -60,6 +60,15 @@ class LanguageModel:
         return all(rest.mlp is None for _, rest in self._layers)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all of it lies on one device."""
+        return len(set(self._devices)) == 1
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    @property
     def num_heads(self) -> int:
         return self._layers[0][0].num_heads
 
@@ -90,29 +99,45 @@ class LanguageModel:
         between two layers. Returns hidden states (batch, n, hidden).
         """
         batch, n, _ = embeds.shape
-        tables = _OnDevices(self._model.rotary_emb(embeds, positions))
+        tables = _OnDevices(self.tables(embeds, positions))
         x = embeds.flatten(0, 1)
-        for number, (weights, rest) in enumerate(self._layers):
+        for number in range(self.num_layers):
             device = self._devices[number]
             x = x.to(device)
-            q, k, v = self.before(x, *tables.on(device), weights)
+            q, k, v = self.begin(number, x, *tables.on(device))
             rows = (part.unflatten(0, (batch, n)).transpose(1, 2) for part in (q, k, v))
             attended = memory.attend(number, *rows, self._scale)
-            x = self.after(x, attended.reshape(batch * n, -1), rest)
+            x = self.end(number, x, attended.reshape(batch * n, -1))
             if number < len(deepstack):
                 x = x + deepstack[number].flatten(0, 1).to(x)
             if between is not None:
                 between()
+        return self.normed(x).unflatten(0, (batch, n))
+
+    def tables(self, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary cos and sin (batch * n, 1, head_dim) at positions (3, batch, n)."""
+        cos, sin = self._model.rotary_emb(embeds, positions)
+        return cos.flatten(0, 1)[:, None], sin.flatten(0, 1)[:, None]
+
+    def begin(self, number: int, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A layer up to its attention: q (tokens, heads, head_dim), k and v of x (tokens, hidden)."""
+        return self.before(x, cos, sin, self._layers[number][0])
+
+    def end(self, number: int, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of a layer; attended (tokens, heads * head_dim)."""
+        return self.after(x, attended, self._layers[number][1])
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What the last layer gives, ready for logits."""
         norm = self._model.norm
-        return _rms_norm(x.to(norm.weight.device), norm.weight, norm.variance_epsilon).unflatten(0, (batch, n))
+        return _rms_norm(x.to(norm.weight.device), norm.weight, norm.variance_epsilon)
 
 
 class _OnDevices:
     """The rotary tables, (tokens, 1, head_dim) each, copied to further devices only once."""
 
     def __init__(self, tables: tuple[Tensor, Tensor]) -> None:
-        cos, sin = (table.flatten(0, 1)[:, None] for table in tables)
-        self._tables = {cos.device: (cos, sin)}
+        self._tables = {tables[0].device: tables}
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._tables:

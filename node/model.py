@@ -16,14 +16,18 @@ from transformers.utils.hub import cached_file
 
 from .adapter import Family, family_of, require_known
 from .arena import KVShape, Turn
-from .attention import MemoryPass
+from .attention import MemoryPass, long_kernel
+from .graphs import Recorded
 from .language import LanguageModel
 from .layout import Format, Span
 from .pace import Pace
+from .pieces import MAX_TOKENS, Pieces
 from .preprocess import PatchGeometry, to_patches
 from .token_drop import Sifted
 from .upload import upload
 from .vision import Vision, VisionTower, align_mlps
+
+MAX_GRIDS = 4  # of small chunks, recorded at a time
 
 BUILTIN = Path(__file__).parent / "builtin"
 NOTICE_FILE = "notice.txt"
@@ -69,6 +73,7 @@ class VisionLanguageModel:
         if self.device.type == "cuda" and self._is_tower_whole:
             align_mlps(self._core.visual)
         self.language = LanguageModel(self._core.language_model, self.config.text_config)
+        self.pieces: Pieces | None = None  # what reads small chunks, where there are CUDA graphs
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,6 +149,11 @@ class VisionLanguageModel:
                 added[0, rows] = features.to(embeds)
                 deepstack.append(added)
         positions = torch.from_numpy(span.positions).to(self.device)[:, None]
+        # Chunks come one after the other. A question may come in the middle of one, whose buffers the pieces hold.
+        if vision is not None and self.pieces is not None and len(span) <= MAX_TOKENS:
+            hidden = self.pieces.run(embeds, positions, memory, deepstack, between)
+            if hidden is not None:
+                return hidden[0]
         return self.language.run(embeds, positions, memory, deepstack, between)[0]
 
     @torch.inference_mode()
@@ -203,6 +213,25 @@ class VisionLanguageModel:
         self.read(span, memory, vision, pause)
         watch.lap()
         return StageTimes(*watch.laps_ms())
+
+    def choose_kernels(self) -> None:
+        """Measure now what is measured at its first use."""
+        shape = self.kv_shape
+        group = self.language.num_heads // shape.num_kv_heads
+        long_kernel(self.device, shape.dtype, shape.num_kv_heads, group, shape.head_dim)
+
+    def record_chunks(self) -> bool:
+        """Have small chunks run as CUDA graphs, recorded when the first of a size comes; False where it can't be."""
+        if self.device.type != "cuda" or not (self._is_tower_whole and self.language.is_whole):
+            return False
+        self.tower.recorded = Recorded("chunks of the grid", MAX_GRIDS)
+        if self.language.is_dense:  # experts wait for the device
+            self.pieces = Pieces(self.language)
+        return True
+
+    def launch_chunks(self) -> None:
+        """Have all chunks run kernel by kernel."""
+        self.tower.recorded, self.pieces = None, None
 
     def wait(self) -> None:
         """Wait until its GPUs have done all that this thread gave them."""

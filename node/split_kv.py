@@ -20,6 +20,7 @@ from .arena import Arena, Extent, KVShape
 ROWS_PER_TILE = 8
 _OWN_SPLITS = 4
 _MAX_SPLITS = 128
+_MERGED_WIDTH = 16  # of a head that one program merges: more of them are sooner done
 _LARGE_SHARED_BYTES = 128 << 10  # three stages take up to 112 KiB, two 80; a desktop card has 99
 _TABLE = 5  # numbers of a tile beside its rows and lengths: see `attend_splits`
 
@@ -121,17 +122,34 @@ class SplitAttention:
             num_warps=4,
             num_stages=self._num_stages,
         )
-        kernels.merge_splits[(query.shape[0] * self._num_heads,)](
+        kernels.merge_splits[(query.shape[0] * self._num_heads, block_d // _MERGED_WIDTH)](
             self._partial_out,
             self._partial_lse,
             out,
             NUM_SPLITS=self._num_splits,
             HEAD_DIM=shape.head_dim,
-            BLOCK_S=16,
-            BLOCK_D=block_d,
+            BLOCK_S=64,
+            BLOCK_D=_MERGED_WIDTH,
             num_warps=4,
         )
         return out
+
+    def put(self, layer: int, key: Tensor, value: Tensor, places: Tensor) -> None:
+        """Write key and value (num_rows, kv_heads, head_dim) to the rows `places` of the scratch; needs Triton."""
+        kernels: Any = importlib.import_module(".split_kv_kernels", __package__)
+        assert key.stride(2) == value.stride(2) == 1
+        kernels.put_rows[key.shape[:2]](
+            key,
+            value,
+            self._scratch.keys[layer],
+            self._scratch.values[layer],
+            places,
+            *key.stride()[:2],
+            *value.stride()[:2],
+            HEAD_DIM=self._shape.head_dim,
+            BLOCK_D=_power_of_2(self._shape.head_dim),
+            num_warps=1,
+        )
 
 
 def attend_rows(layer: int, query: Tensor, rows: Sequence[Row], scale: float) -> Tensor:

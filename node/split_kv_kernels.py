@@ -1,4 +1,4 @@
-"""Triton kernels of split-KV attention (flash-decoding). Imported only where Triton is: see `split_kv`."""
+"""Triton kernels of attention: split-KV (flash-decoding), and merging. Imported only where Triton is."""
 
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
@@ -82,6 +82,31 @@ def attend_splits(
 
 
 @triton.jit
+def put_rows(
+    key,  # (num_rows, NUM_KV_HEADS, HEAD_DIM) by its strides, the last one 1
+    value,
+    keys,  # (capacity, NUM_KV_HEADS, HEAD_DIM), contiguous: row `places[i]` becomes row i of `key`
+    values,
+    places,  # (num_rows,), int64
+    key_row,
+    key_head,
+    value_row,
+    value_head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write the keys and values of one row and K/V head."""
+    row, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    d = tl.arange(0, BLOCK_D)
+    place = (tl.load(places + row) * num_heads + head) * HEAD_DIM + d
+    is_there = d < HEAD_DIM
+    k = tl.load(key + row * key_row + head * key_head + d, mask=is_there)
+    v = tl.load(value + row * value_row + head * value_head + d, mask=is_there)
+    tl.store(keys + place, k, mask=is_there)
+    tl.store(values + place, v, mask=is_there)
+
+
+@triton.jit
 def merge_splits(
     partial_out,
     partial_lse,
@@ -89,11 +114,11 @@ def merge_splits(
     NUM_SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # part of the head that one program merges
 ):
     """Merge the splits of one row and head by their log-sum-exps; nothing seen at all gives zeros."""
     place = tl.program_id(0)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     best = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([BLOCK_D], tl.float32)
@@ -112,3 +137,43 @@ def merge_splits(
         best = new_best
     merged = acc / tl.where(total > 0, total, 1.0)
     tl.store(out + place * HEAD_DIM + d, merged.to(out.dtype.element_ty), mask=d < HEAD_DIM)
+
+
+@triton.jit
+def merge_partials(
+    outs,  # tuple of (kv_heads, GROUP, n, HEAD_DIM) by their strides, the last one 1
+    lses,  # tuple of (kv_heads, GROUP, n), float32
+    out_strides,  # of the first three axes, one partial after the other
+    lse_strides,
+    merged,  # (n, kv_heads * GROUP, HEAD_DIM)
+    n,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NUM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Merge partial results of one query head and a block of tokens by their log-sum-exps."""
+    head, num_heads = tl.program_id(1), tl.num_programs(1)
+    kv_head, member = head // GROUP, head % GROUP
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    is_row = row < n
+    is_there = is_row[:, None] & (d < HEAD_DIM)[None, :]
+    best = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    for i in tl.static_range(NUM):
+        place = kv_head * lse_strides[3 * i] + member * lse_strides[3 * i + 1] + row * lse_strides[3 * i + 2]
+        best = tl.maximum(best, tl.load(lses[i] + place, mask=is_row, other=float("-inf")))
+    base = tl.where(best == float("-inf"), 0.0, best)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for i in tl.static_range(NUM):
+        place = kv_head * lse_strides[3 * i] + member * lse_strides[3 * i + 1] + row * lse_strides[3 * i + 2]
+        weight = tl.exp(tl.load(lses[i] + place, mask=is_row, other=float("-inf")) - base)
+        part_place = kv_head * out_strides[3 * i] + member * out_strides[3 * i + 1] + row * out_strides[3 * i + 2]
+        part = tl.load(outs[i] + part_place[:, None] + d[None, :], mask=is_there, other=0.0)
+        acc += part.to(tl.float32) * weight[:, None]
+        total += weight
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    place = (row * num_heads + head)[:, None] * HEAD_DIM + d[None, :]
+    tl.store(merged + place, acc.to(merged.dtype.element_ty), mask=is_there)

@@ -7,15 +7,14 @@ rows than it has are made up by repeating the last one, which writes the same va
 
 import logging
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .arena import Arena
 from .attention import MemoryPass
+from .graphs import Recorder, Recording
 from .model import VisionLanguageModel
 from .split_kv import ROWS_PER_TILE, Row, SplitAttention, attend_rows
 
@@ -45,22 +44,12 @@ class Step(MemoryPass):
         self._ids, self._positions, self._newest, self._wanted, self._tables = self._inputs.split(sizes)
         self._write_empty()
         self._rows: Sequence[Row] = ()
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits = torch.empty(0)
+        self._recording: Recording[Tensor] | None = None
 
     @torch.inference_mode()
-    def capture(self, stream: torch.cuda.Stream, pool: object) -> None:
-        """Record the graph on a side stream; row 0 of the scratch is written to. Raises what CUDA raises."""
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._compute()  # what a kernel loads or compiles at its first use must not be in the graph
-            with _never_waiting():
-                self._compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # type: ignore[arg-type]
-            self._logits = self._compute()
-        self._graph = graph
+    def record(self, recorder: Recorder) -> None:
+        """Record the graph; row 0 of the scratch is written to. Raises what CUDA raises."""
+        self._recording = recorder.record(self._compute)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row], wanted: Sequence[int]) -> Tensor:
@@ -80,13 +69,12 @@ class Step(MemoryPass):
         self._inputs.copy_(self._host, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
-        if self._graph is None:
-            self._rows = padded
-            self._logits = self._compute()
-            self._rows = ()
-        else:
-            self._graph.replay()
-        return self._logits[: len(wanted)]
+        if self._recording is not None:
+            return self._recording.replay()[: len(wanted)]
+        self._rows = padded
+        logits = self._compute()
+        self._rows = ()
+        return logits[: len(wanted)]
 
     def _compute(self) -> Tensor:
         model = self._model
@@ -94,11 +82,13 @@ class Step(MemoryPass):
         return model.logits(hidden[0].index_select(0, self._wanted))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        self._scratch.keys[layer].index_copy_(0, self._newest, key[0].transpose(0, 1))
-        self._scratch.values[layer].index_copy_(0, self._newest, value[0].transpose(0, 1))
-        rows = query[0].transpose(0, 1).contiguous()
+        rows, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+        rows = rows.contiguous()
         if query.device.type == "cuda":
+            self._attention.put(layer, key, value, self._newest)
             return self._attention.attend(layer, rows, self._tables, scale)[None]
+        self._scratch.keys[layer].index_copy_(0, self._newest, key)
+        self._scratch.values[layer].index_copy_(0, self._newest, value)
         return attend_rows(layer, rows, self._rows, scale)[None]
 
     def _write_empty(self) -> None:
@@ -120,11 +110,9 @@ class Steps:
 
     def capture(self) -> None:
         """Record all graphs, the largest first: they share their memory."""
-        # One stream for all: each that multiplies matrices keeps tens of megabytes of workspace for good.
-        began, stream, pool = time.monotonic(), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        began, recorder = time.monotonic(), Recorder()
         for step in sorted([*self._decode, *self._question], key=lambda step: -step.num_rows):
-            step.capture(stream, pool)
-        torch.cuda.synchronize()
+            step.record(recorder)
         sizes = [[step.num_rows for step in steps] for steps in (self._decode, self._question)]
         seconds = time.monotonic() - began
         logger.info("captured steps of %s answers and of questions of %s tokens in %.1f s", *sizes, seconds)
@@ -147,32 +135,13 @@ def captured_steps(model: VisionLanguageModel, scratch: Arena, max_answers: int)
     """
     if model.device.type != "cuda" or len(set(scratch.shape.layer_devices)) > 1:
         return None
-    current = torch.cuda.current_stream(model.device)
     try:
         steps = Steps(model, scratch, max_answers)
         steps.capture()
     except Exception:  # a missing Triton, a layer that cannot be captured, a compiler's failure
         logger.warning("no CUDA graphs: steps are launched kernel by kernel", exc_info=True)
-        torch.cuda.set_stream(current)  # a capture that could not be ended leaves its own in place
-        torch.cuda.synchronize()
         return None
     return steps
-
-
-@contextmanager
-def _never_waiting() -> Iterator[None]:
-    """Have torch raise RuntimeError where it would wait for the device.
-
-    A capture that meets such a place is lost, and the allocator never hears of its end.
-    """
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls the mode a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def sizes_up_to(num: int) -> list[int]:

@@ -16,8 +16,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import vision_utils
 
+from .graphs import Recorded, Recorder
+
 MAX_PLANS = 8  # grids remembered: a stream has one, and streams are few
 ALIGNED_WIDTH = 128  # of a matrix product; others fall to kernels of half the speed
+MAX_RECORDED = 4096  # patches; more of them keep a GPU busy for longer than the host needs
 _LONG = 1024  # tokens from which on the choice of an attention kernel counts
 
 # (products into the hidden width, product out of it), by family
@@ -66,6 +69,7 @@ class VisionTower:
         self.before: Callable[..., tuple[Tensor, Tensor, Tensor]] = before_attention
         self.after: Callable[..., Tensor] = after_attention
         self.long_backend: SDPBackend | None = None  # for long segments; None: torch's own choice
+        self.recorded: Recorded[_RecordedTower] | None = None  # of small grids, where there are CUDA graphs
 
     @property
     def is_whole(self) -> bool:
@@ -75,8 +79,21 @@ class VisionTower:
     def see(self, patches: Tensor, grid: tuple[int, int, int], between: Callable[[], None] | None = None) -> Vision:
         """Run the tower over patches of one chunk; grid is (temporal, height, width) in patches.
 
-        `between` is called between two layers.
+        `between` is called between two layers, or once after all if they are one graph.
         """
+        if self.recorded is not None and len(patches) <= MAX_RECORDED:
+            tower = self.recorded.get(grid, lambda: _RecordedTower(self, patches, grid))
+            if tower is not None:
+                seen = tower.see(patches)
+                if between is not None:
+                    between()
+                return seen
+        return self.see_by_layers(patches, grid, between)
+
+    def see_by_layers(
+        self, patches: Tensor, grid: tuple[int, int, int], between: Callable[[], None] | None = None
+    ) -> Vision:
+        """`see`, launched kernel by kernel."""
         plan = self._plan(grid)
         x = self._embed(patches, plan)
         deepstack: list[Tensor] = []
@@ -190,6 +207,20 @@ class VisionTower:
         )
         weights = weights.to(table.device)[:, :, None]
         return (visual.pos_embed(indices.to(table.device)) * weights).sum(1).to(table.dtype)
+
+
+class _RecordedTower:
+    """The tower over one grid as a CUDA graph: few patches keep a GPU busy for less time than their launches take."""
+
+    def __init__(self, tower: VisionTower, patches: Tensor, grid: tuple[int, int, int]) -> None:
+        """Raises what CUDA raises."""
+        self._patches = patches.clone()
+        self._recording = Recorder().record(lambda: tower.see_by_layers(self._patches, grid))
+
+    def see(self, patches: Tensor) -> Vision:
+        self._patches.copy_(patches)
+        embeds, deepstack = self._recording.replay()
+        return Vision(embeds.clone(), None if deepstack is None else [features.clone() for features in deepstack])
 
 
 def before_attention(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
