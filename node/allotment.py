@@ -1,6 +1,7 @@
 """What the streams of a node may take together: how many they are, and the bytes of their memories."""
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..protocol.errors import ErrorCode, NodeError
@@ -10,39 +11,66 @@ MEMORY_FACTS = Path("/proc/meminfo")
 
 
 class Allotment:
-    """Counts streams and their `memory_bytes` against their limits; None is no limit. For any thread."""
+    """Counts streams and the bytes of their memories against their limits; None is no limit. For any thread.
 
-    def __init__(self, max_streams: int, max_memory_bytes: int | None) -> None:
+    What a stream was given it keeps. `promised` are the least bytes of streams that are to come, by name: they are
+    kept for them until they have come.
+    """
+
+    def __init__(self, max_streams: int, max_memory_bytes: int | None, promised: Mapping[str, int] | None = None):
         self._max_streams = max_streams
         self._max_memory_bytes = max_memory_bytes
+        self._promised = dict(promised or {})
         self._taken: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def take(self, options: StreamOptions) -> None:
-        """Count a stream in. Raises NodeError STREAM_EXISTS, TOO_LARGE or OUT_OF_MEMORY."""
+    def take(self, options: StreamOptions) -> int:
+        """Count a stream in. Returns the bytes it may take: what it asks for, or what is left.
+
+        Raises NodeError STREAM_EXISTS, TOO_LARGE, or OUT_OF_MEMORY if less than its least is left.
+        """
         with self._lock:
             if options.name in self._taken:
                 raise NodeError(ErrorCode.STREAM_EXISTS, f"there is a stream {options.name} already")
             self._check_number()
-            self._check_memory(options.memory_bytes)
-            self._taken[options.name] = options.memory_bytes
+            num_bytes = self._granted(options)
+            self._taken[options.name] = num_bytes
+            self._promised.pop(options.name, None)
+            return num_bytes
 
     def _check_number(self) -> None:
         if len(self._taken) >= self._max_streams:
             message = f"there are {len(self._taken)} streams, the most there may be (limits.max_streams)"
             raise NodeError(ErrorCode.TOO_LARGE, message, details={"max_streams": self._max_streams})
 
-    def _check_memory(self, num_bytes: int) -> None:
+    def _granted(self, options: StreamOptions) -> int:
+        if self._max_memory_bytes is None:
+            return options.memory_bytes
         taken_bytes = sum(self._taken.values())
-        if self._max_memory_bytes is None or taken_bytes + num_bytes <= self._max_memory_bytes:
-            return
-        never_fits = num_bytes > self._max_memory_bytes
+        promised_bytes = sum(num for name, num in self._promised.items() if name != options.name)
+        left_bytes = max(0, self._max_memory_bytes - taken_bytes - promised_bytes)
+        if left_bytes >= options.guaranteed_bytes:
+            return min(options.memory_bytes, left_bytes)
+        never_fits = options.guaranteed_bytes > self._max_memory_bytes
+        others = f" and the {promised_bytes} promised to others" if promised_bytes else ""
         raise NodeError(
             ErrorCode.TOO_LARGE if never_fits else ErrorCode.OUT_OF_MEMORY,
-            f"memory_bytes {num_bytes} and the {taken_bytes} of the other streams are more than"
-            f" {self._max_memory_bytes} (limits.max_memory_bytes)",
-            details={"max_memory_bytes": self._max_memory_bytes, "taken_bytes": taken_bytes},
+            f"stream {options.name} needs {options.guaranteed_bytes} bytes of memory, and of the"
+            f" {self._max_memory_bytes} of limits.max_memory_bytes {left_bytes} are left beside the {taken_bytes} of"
+            f" the other streams{others}",
+            details={
+                "needed_bytes": options.guaranteed_bytes,
+                "left_bytes": left_bytes,
+                "taken_bytes": taken_bytes,
+                "promised_bytes": promised_bytes,
+                "max_memory_bytes": self._max_memory_bytes,
+            },
         )
+
+    def keep(self, stream: str, num_bytes: int) -> None:
+        """A stream has taken so many bytes, less than it might have."""
+        with self._lock:
+            self._taken[stream] = num_bytes
 
     def give_back(self, stream: str) -> None:
         """A stream is gone, or could not be added."""

@@ -194,7 +194,7 @@ class StreamLimits(_Section):
     max_streams: Count = Field(default=16, description="how many there may be")
     max_memory_bytes: Bytes | None = Field(
         default=None,
-        description="sum of their memory_bytes; without it, on the CPU half of the memory the machine has left",
+        description="for all memories; without it, on the CPU half of what the machine has left",
         examples=["8GiB"],
     )
 
@@ -239,6 +239,11 @@ class StreamDefaults(_Section):
     )
     memory_bytes: Bytes = Field(
         default=ByteSize(1 << 30), description="keys and values, reserved when the stream is added"
+    )
+    min_memory_bytes: Bytes | None = Field(
+        default=None,
+        description="the least that will do where others leave less; without it, not less than memory_bytes",
+        examples=["256MiB"],
     )
     retention: RetentionName = Field(
         default="stop",
@@ -402,7 +407,8 @@ class NodeConfig(BaseSettings):
         if merged.get("connect") and self.security.curve == "required" and key is None:
             raise ValueError('camera_key: connecting to a camera needs its key when curve = "required"')
         merged["camera_key"] = None if key is None else str(key)
-        merged["memory_bytes"] = int(merged["memory_bytes"])  # a plain number, which messages can hold
+        for name in ("memory_bytes", "min_memory_bytes"):
+            merged[name] = None if merged[name] is None else int(merged[name])  # a plain number, as in messages
         return StreamOptions(**merged)
 
 

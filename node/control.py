@@ -2,23 +2,29 @@
 
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
+
+from msgspec import UNSET, to_builtins
 
 from ..protocol.errors import NodeError
 from ..protocol.messages import (
     CacheInfo,
     CancelRef,
     Empty,
+    Forecast,
     Hello,
     Mark,
     MarkRef,
     Marks,
     NodeStats,
     Pong,
+    StreamAdded,
     StreamRef,
     Streams,
     StreamSpec,
 )
+from .load import with_load
 from .options import StreamOptions
 from .requests import Call, Endpoint, Steps
 from .state import NodeState
@@ -126,33 +132,45 @@ class Control:
 
         return steps()
 
-    def _stream_add(self, call: Call[StreamSpec]) -> Steps[Empty]:
+    def _stream_add(self, call: Call[StreamSpec]) -> Steps[StreamAdded]:
         return self.add_stream(self._state.config.spec_options(call.data))
 
     def _stream_remove(self, call: Call[StreamRef]) -> Steps[Empty]:
         self._state.check_stream(call.data.stream)
         return self.remove_stream(call.data.stream)
 
-    def add_stream(self, options: StreamOptions) -> Steps[Empty]:
+    def add_stream(self, options: StreamOptions) -> Steps[StreamAdded]:
         """Reserve a stream's memory, then take in its frames; all or nothing."""
         allotment = self._state.allotment
-        allotment.take(options)
+        granted = replace(options, min_memory_bytes=options.guaranteed_bytes, memory_bytes=allotment.take(options))
         try:
-            yield from self._begin_stream(options)
+            forecast = yield from self._begin_stream(granted)
         except BaseException:
             allotment.give_back(options.name)
             raise
-        self._announce("stream_added", "the stream is remembered from now on", stream=options.name)
-        return Empty()
+        allotment.keep(options.name, forecast.memory_bytes)
+        self._announce_added(options, forecast)
+        return StreamAdded(forecast=forecast)
 
-    def _begin_stream(self, options: StreamOptions) -> Generator[Future[Any], Any, None]:
+    def _announce_added(self, options: StreamOptions, forecast: Forecast) -> None:
+        details = to_builtins(forecast)
+        del details["footprint"]
+        message = "the stream is remembered from now on"
+        if forecast.memory_bytes < options.memory_bytes:
+            message += f", in {forecast.memory_bytes} bytes of the {options.memory_bytes} that it asked for"
+        if forecast.load is not UNSET and forecast.load > 1:
+            message += "; it asks for more of the engine's time than there is"
+        self._announce("stream_added", message, stream=options.name, **details)
+
+    def _begin_stream(self, options: StreamOptions) -> Generator[Future[Any], Any, Forecast]:
         engine, intake = self._state.engine, self._state.intake
-        yield engine.add_stream(options)
+        forecast = yield engine.add_stream(options)
         try:
             intake.add_stream(options)
         except NodeError:
             yield engine.remove_stream(options.name)
             raise
+        return with_load(forecast, options, intake.stream_stats())
 
     def remove_stream(self, stream: str) -> Steps[Empty]:
         """Take in no more frames of a stream, then free its memory."""

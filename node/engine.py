@@ -23,12 +23,14 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from ..protocol.errors import ErrorCode, NodeError
+from ..protocol.forecast import Room, room_of
 from ..protocol.messages import (
     Answer,
     Ask,
     AskChoice,
     CacheInfo,
     Choice,
+    Forecast,
     Mark,
     Marks,
     QuestionCounters,
@@ -42,6 +44,7 @@ from .chunk import Chunk, ChunkRefused, Encoded, Picture, Unchanged
 from .compilation import Compilation, CompileSetting, should_compile
 from .engine_protocol import ModelInfo
 from .fairness import FairShare, Side
+from .forecast import forecast, within_room
 from .ledger import Snapshot
 from .memory import StreamMemory
 from .model import VisionLanguageModel, load_model
@@ -261,7 +264,7 @@ class Engine:
 
     # ------------------------------------------------------------------------ verbs, from any thread
 
-    def add_stream(self, options: StreamOptions) -> Future[None]:
+    def add_stream(self, options: StreamOptions) -> Future[Forecast]:
         return self._call(lambda: self._add_stream(options))
 
     def remove_stream(self, stream: str) -> Future[None]:
@@ -455,9 +458,11 @@ class Engine:
 
     # ------------------------------------------------------------------------------------- streams
 
-    def _add_stream(self, options: StreamOptions) -> None:
+    def _add_stream(self, options: StreamOptions) -> Forecast:
         if options.name in self._memories:
             raise NodeError(ErrorCode.STREAM_EXISTS, f"there is a stream {options.name!r} already")
+        options = within_room(options, self._room())
+        foretold = forecast(self._model, options)
         try:
             memory = StreamMemory(self._model, options)
         except ValueError as error:
@@ -467,6 +472,11 @@ class Engine:
         self._memories[options.name] = memory
         self._chunks[options.name] = deque()
         self._note(options.name)
+        return foretold
+
+    def _room(self) -> Room | None:
+        """What memories may still take of the device; None if it is not known, as of a model over several."""
+        return room_of(self._read_vram()) if len(set(self._model.kv_shape.layer_devices)) == 1 else None
 
     def _remove_stream(self, stream: str) -> None:
         memory = self._memory(stream)

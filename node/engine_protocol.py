@@ -16,6 +16,7 @@ from ..protocol.messages import (
     AskChoice,
     CacheInfo,
     Choice,
+    Forecast,
     Mark,
     Marks,
     QuestionCounters,
@@ -53,8 +54,11 @@ class EngineProtocol(Protocol):
         """Milliseconds since the engine thread last came round its loop, or to the next layer of a chunk."""
         ...
 
-    def add_stream(self, options: StreamOptions) -> Future[None]:
-        """Reserve a memory. Fails with NodeError STREAM_EXISTS, OUT_OF_MEMORY or BAD_REQUEST."""
+    def add_stream(self, options: StreamOptions) -> Future[Forecast]:
+        """Reserve a memory, of less than it asks for where the device has less, and say what it will hold.
+
+        Fails with NodeError STREAM_EXISTS, OUT_OF_MEMORY, TOO_LARGE (not one chunk fits) or BAD_REQUEST.
+        """
         ...
 
     def remove_stream(self, stream: str) -> Future[None]:

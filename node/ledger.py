@@ -3,12 +3,22 @@
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from ..protocol.messages import TimeKind
 from .chunk import Chunk, Unchanged
 from .layout import LayoutState, Reach, Rebase
 
 _NOWHERE = Reach()
+
+_NUM_RECENT = 32  # chunks whose pace is the present one
+
+
+class Pace(NamedTuple):
+    """What comes into a memory in a second of stream time."""
+
+    num_chunks: float
+    num_tokens: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +115,13 @@ class Ledger:
     def num_newest_tokens(self) -> int:
         """Tokens of the newest chunk, dropped ones too; 0 if there is none."""
         return self._records[-1].num_tokens + self._records[-1].num_dropped if self._records else 0
+
+    @property
+    def pace(self) -> Pace | None:
+        """Of the newest chunks; None if that cannot be told."""
+        recent = self._records[-_NUM_RECENT:]
+        seconds = sum(record.elapsed_ns for record in recent) / 1e9
+        return Pace(len(recent) / seconds, sum(r.num_tokens for r in recent) / seconds) if seconds else None
 
     @property
     def marks(self) -> dict[str, Snapshot]:

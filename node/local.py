@@ -35,6 +35,7 @@ from ..protocol.messages import (
     Mark,
     Marks,
     PartialAnswer,
+    StreamAdded,
     StreamSpec,
     StreamStats,
 )
@@ -86,14 +87,15 @@ class LocalNode:
 
     # Streams
 
-    def add_stream(self, spec: StreamSpec) -> None:
+    def add_stream(self, spec: StreamSpec) -> StreamAdded:
         options = self._config.spec_options(spec)
         if options.connect is not None:
             raise NodeError(ErrorCode.BAD_REQUEST, "a local node has no sockets: `connect` cannot be followed")
-        self._wait(self._engine.add_stream(options))
+        forecast = self._wait(self._engine.add_stream(options))
         with self._lock:
             self._intakes[options.name] = StreamIntake(options)
             self._sessions[options.name] = _Session()
+        return StreamAdded(forecast=forecast)
 
     def remove_stream(self, stream: str) -> None:
         self._wait(self._engine.remove_stream(stream))

@@ -1,6 +1,7 @@
 """The memory of one stream: an arena on the device, the ledger of what is in it, and the layout between them."""
 
 import logging
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 from msgspec import UNSET, UnsetType
 
-from ..protocol.messages import CacheInfo, or_unset
+from ..protocol.messages import CacheInfo, Footprint, MemoryLimit, or_unset
 from .arena import Arena, Extent, Turn
 from .chunk import Chunk, ChunkRefused, Encoded
+from .forecast import footprint_of
 from .layout import LAYOUTS, LayoutState, Patches, Rebase, Span
 from .ledger import ChunkRecord, Ledger, Snapshot
 from .model import Between, VisionLanguageModel
@@ -51,6 +53,9 @@ class StreamMemory:
         self._retention = POLICIES[options.retention]
         self._drop = None if options.drop is None else TokenDrop(options.drop)
         self._is_full = False
+        self._limit: MemoryLimit = "memory"  # what there was no more of when it was full
+        self._footprint: Footprint | None = None  # of chunks of the present size
+        self._footprint_size: tuple[int, int] | None = None
         self._num_forgotten_frames = 0  # not told yet with a chunk
         self._model = model
         self._arena = _reserve(model, capacity)
@@ -101,6 +106,8 @@ class StreamMemory:
         num_tokens = len(span) - num_dropped
         self.ledger.append(chunk, num_tokens, layout, num_anchor, span.reach(num_anchor), num_dropped)
         self._is_full = False
+        if size != self._footprint_size:
+            self._footprint, self._footprint_size = footprint_of(model, self.options, size), size
         num_forgotten, self._num_forgotten_frames = self._num_forgotten_frames, 0
         stages = (times.preprocess_ms, times.vision_ms, times.prefill_ms)
         return Encoded(num_tokens, size, *stages, num_forgotten, num_dropped)
@@ -147,7 +154,9 @@ class StreamMemory:
             newest_seq=or_unset(now.newest_seq),
             seen_until_ns=or_unset(now.seen_until_ns),
             seconds_until_full=self._seconds_until_full(),
+            seconds_of_memory=self._seconds_of_memory(),
             full=self._is_full,
+            limit=self._limit if self._is_full else UNSET,
             whole_from_ns=or_unset(now.whole_from_ns),
             num_forgotten_chunks=now.forgotten.num_chunks,
             num_forgotten_frames=now.forgotten.num_frames,
@@ -156,12 +165,25 @@ class StreamMemory:
         )
 
     def _seconds_until_full(self) -> float | UnsetType:
-        """At the present rate of tokens; unknown of a memory that forgets bit by bit, which is never full."""
-        now, retention = self.now, self._retention
-        seconds = (now.until_stream_ns - now.began_stream_ns) / 1e9
-        if not now.num_frames or not seconds or (retention.forgets and not retention.starts_over):
+        """At the present pace; unknown of a memory that forgets bit by bit, which is never full."""
+        if self._retention.forgets and not self._retention.starts_over:
             return UNSET
-        return max(0, self._arena.capacity - now.num_tokens) * seconds / now.num_tokens
+        return self._seconds_for(self._room, self.now.layout.next_position)
+
+    def _seconds_of_memory(self) -> float | UnsetType:
+        """How much of the stream is there without a gap once it is full, at the present pace."""
+        num_tokens = self._arena.capacity - self.now.num_anchor
+        return self._seconds_for(num_tokens * self._retention.whole_share, 0)
+
+    def _seconds_for(self, num_tokens: float, position: int) -> float | UnsetType:
+        """How long it takes, at the present pace, to fill so many rows, or to use the positions from one on."""
+        pace, footprint = self.ledger.pace, self._footprint
+        if pace is None or footprint is None:
+            return UNSET
+        per_second = footprint.positions_per_second + footprint.positions_per_chunk * pace.num_chunks
+        num_positions = max(0, self._model.max_positions - position)
+        by_positions = num_positions / per_second if per_second else math.inf
+        return min(num_tokens / pace.num_tokens, by_positions)
 
     # Forgetting
 
@@ -275,7 +297,7 @@ class StreamMemory:
             room = capacity if retention.starts_over else capacity - self.now.num_anchor
         if num_tokens > room:
             # One frame far larger than those before it, or than the whole memory, says nothing about the next.
-            self._is_full = num_tokens < 2 * self.ledger.num_newest_tokens
+            self._is_full, self._limit = num_tokens < 2 * self.ledger.num_newest_tokens, "memory"
             raise ChunkRefused("memory_full", f"a chunk of {num_tokens} tokens does not fit, {room} are left")
 
     def _check_positions(self, span: Span, state: LayoutState) -> None:
@@ -289,7 +311,7 @@ class StreamMemory:
             if not self._is_full:
                 name = self.options.name
                 logger.warning("stream %s: the %d positions of its model are used up, until a reset", name, num)
-            self._is_full = True
+            self._is_full, self._limit = True, "positions"
         raise ChunkRefused("memory_full", f"position {next_position} is past {num}")
 
 

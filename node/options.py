@@ -28,6 +28,7 @@ class StreamOptions:
     max_pixels: int | None = None
     encode_size: tuple[int, int] | None = None  # width, height; wins over the pixel bounds
     memory_bytes: int = 1 << 30
+    min_memory_bytes: int | None = None  # what it takes when there is less left; None: not less than memory_bytes
     retention: RetentionName = "stop"
     ring_frames: int = 64
     ring_bytes: int = 256 << 20
@@ -45,11 +46,20 @@ class StreamOptions:
             raise ValueError(f"gate must be within 0 and 255, got {self.gate}")
         if self.drop is not None and not 0 <= self.drop <= 1:
             raise ValueError(f"drop must be within 0 and 1, got {self.drop}")
-        for field in ("stride", "memory_bytes", "ring_frames", "ring_bytes", "min_pixels", "max_pixels"):
+        for field in (
+            *("stride", "memory_bytes", "min_memory_bytes", "ring_frames", "ring_bytes", "min_pixels", "max_pixels"),
+        ):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field} must be at least 1, got {value}")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        if self.guaranteed_bytes > self.memory_bytes:
+            raise ValueError(f"min_memory_bytes {self.min_memory_bytes} is above memory_bytes {self.memory_bytes}")
         if self.encode_size is not None and min(self.encode_size) < 1:
             raise ValueError(f"encode_size must be positive, got {self.encode_size}")
+
+    @property
+    def guaranteed_bytes(self) -> int:
+        """The least memory that the stream is added with."""
+        return self.memory_bytes if self.min_memory_bytes is None else self.min_memory_bytes

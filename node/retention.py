@@ -22,6 +22,7 @@ class Retention(ABC):
 
     forgets: ClassVar[bool] = True
     starts_over: ClassVar[bool] = False  # nothing stays, not even the opening of the prompt
+    whole_share: ClassVar[float] = 1.0  # of a full memory: the newest part, of which nothing was forgotten
 
     @abstractmethod
     def keep(self, chunks: Sequence[Held], max_tokens: int) -> list[int]:
@@ -65,8 +66,10 @@ class Thin(Retention):
     smaller power of two: what is kept today was never forgotten before. The very first chunk stays the longest.
     """
 
+    whole_share = 0.5
+
     def keep(self, chunks: Sequence[Held], max_tokens: int) -> list[int]:
-        num_newest = max(_num_newest(chunks, max_tokens // 2), _num_newest(chunks[-1:], max_tokens))
+        num_newest = max(_num_newest(chunks, int(max_tokens * self.whole_share)), _num_newest(chunks[-1:], max_tokens))
         older, newest = chunks[: len(chunks) - num_newest], chunks[len(chunks) - num_newest :]
         room = max_tokens - _num_tokens(newest)
         end = newest[0].number if newest else 0

@@ -22,7 +22,9 @@ from .tally import Tally
 
 MAX_PROGRESS_AGE_MS = 10_000  # an engine that has not come round for longer is not ready
 
-FEATURES: Sequence[str] = ("ask", "ask_choice", "partial", "cancel", "marks", "streams", "retention", "gate", "drop")
+FEATURES: Sequence[str] = (
+    *("ask", "ask_choice", "partial", "cancel", "marks", "streams", "retention", "gate", "drop", "forecast"),
+)
 
 
 class NodeState:
@@ -45,7 +47,8 @@ class NodeState:
         allowed = limits.max_memory_bytes
         # int: the settings' own type is none of a message's.
         max_memory_bytes = default_memory_bytes(engine.model.device) if allowed is None else int(allowed)
-        self._allotment = Allotment(limits.max_streams, max_memory_bytes)
+        promised = {stream.name: self.config.stream_options(stream).guaranteed_bytes for stream in self.config.streams}
+        self._allotment = Allotment(limits.max_streams, max_memory_bytes, promised)
         self._intake = intake
         self._engine = engine
 

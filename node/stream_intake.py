@@ -20,6 +20,7 @@ from .chunk import Chunk, ChunkRefused, Encoded, Picture, Unchanged
 from .chunker import FrameChunker
 from .clock import StreamClock, nominal_interval_ns
 from .frame_gate import FrameGate, View
+from .load import load_of
 from .options import StreamOptions
 from .picture_decoder import PictureError, decoded_bytes
 from .rate import Rate
@@ -392,7 +393,8 @@ class StreamIntake:
     def stats(self, cache: CacheInfo) -> StreamStats:
         """The stream's telemetry; `cache` is the engine's part of it."""
         with self._lock:
-            now = self._now()
+            now, stages = self._now(), self._stages()
+            fps_encoded = self._encoded_rate.per_second(now)
             return StreamStats(
                 ts=time.time_ns(),
                 stream=self.name,
@@ -405,11 +407,12 @@ class StreamIntake:
                 received_size=self._received_size,
                 encoded_size=self._encoded_size,
                 fps_received=_or_unset(self._received_rate.per_second(now)),
-                fps_encoded=_or_unset(self._encoded_rate.per_second(now)),
+                fps_encoded=_or_unset(fps_encoded),
                 lag_ms=self._lag_ms,
+                load=load_of(stages, self.options.chunk_frames, fps_encoded),
                 cache=cache,
                 frames=self._counters(),
-                stages=self._stages(),
+                stages=stages,
             )
 
     def _state(self, now: float, is_full: bool) -> State:

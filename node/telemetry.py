@@ -15,7 +15,7 @@ from msgspec import UNSET
 
 from ..protocol.codec import encode_telemetry, telemetry_topic
 from ..protocol.errors import NodeError
-from ..protocol.messages import Event, StreamStats
+from ..protocol.messages import Event, MemoryLimit, StreamStats
 from .outbox import Outbox
 from .security import RefusedPeers
 from .state import NodeState
@@ -35,6 +35,10 @@ STATE_EVENTS = {
     "paused": ("stream_paused", "frames are dropped until it is resumed"),
     "full": ("memory_full", "the memory is full: new frames are dropped, answers go on"),
     "ended": ("stream_ended", "the publisher said that no more frames follow"),
+}
+FULL_MESSAGES: dict[MemoryLimit, str] = {
+    "memory": "the memory is full: new frames are dropped, answers go on",
+    "positions": "the model's positions are used up: new frames are dropped until a reset, answers go on",
 }
 FORGOT_MESSAGES = {
     "reset": "the memory was full and has started over",
@@ -189,7 +193,11 @@ class Telemetry:
             self.announce("publisher_restarted", "another session publishes the stream", stream=stats.stream)
         if stats.state != (before.state if before else "waiting"):
             kind, message = STATE_EVENTS[stats.state]
-            self.announce(kind, message, stream=stats.stream)
+            if kind == "memory_full" and stats.cache.limit is not UNSET:
+                limit = stats.cache.limit
+                self.announce(kind, FULL_MESSAGES[limit], stream=stats.stream, limit=limit)
+            else:
+                self.announce(kind, message, stream=stats.stream)
         self._announce_forgotten(stats)
 
     def _announce_forgotten(self, stats: StreamStats) -> None:

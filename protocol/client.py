@@ -41,6 +41,7 @@ from .messages import (
     Pong,
     Reply,
     Request,
+    StreamAdded,
     StreamName,
     StreamRef,
     StreamSpec,
@@ -233,9 +234,9 @@ class NodeClient:
     def stream_names(self) -> list[StreamName]:
         return [stats.stream for stats in self.streams()]
 
-    def add_stream(self, spec: StreamSpec) -> None:
-        """Start to remember a stream."""
-        self._call("stream_add", spec)
+    def add_stream(self, spec: StreamSpec) -> StreamAdded:
+        """Start to remember a stream; returns what its memory will hold, if the node says so."""
+        return self._call("stream_add", spec)
 
     def remove_stream(self, stream: StreamName) -> None:
         """Forget a stream altogether."""

@@ -12,6 +12,7 @@ from .messages import (
     Mark,
     Marks,
     PartialAnswer,
+    StreamAdded,
     StreamName,
     StreamSpec,
     StreamStats,
@@ -35,8 +36,8 @@ class VideoMemory(Protocol):
     earlier backends go on working.
     """
 
-    def add_stream(self, spec: StreamSpec) -> None:
-        """Start to remember a stream."""
+    def add_stream(self, spec: StreamSpec) -> StreamAdded:
+        """Start to remember a stream; returns what its memory will hold, if the node says so."""
         ...
 
     def remove_stream(self, stream: StreamName) -> None:

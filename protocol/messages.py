@@ -35,6 +35,7 @@ GreyLevels = Annotated[float, Meta(ge=0, le=255)]
 Similarity = Annotated[float, Meta(ge=0, le=1)]
 TimeKind = Literal["capture", "publish", "receive", "media"]
 RetentionName = Literal["stop", "reset", "window", "thin"]  # what a full memory does
+MemoryLimit = Literal["memory", "positions"]  # what ends a memory: its bytes, or the positions of its model
 
 # ROS 2 sensor_msgs and Foxglove names.
 COMPRESSED_ENCODINGS = frozenset({"jpeg", "png"})
@@ -262,6 +263,7 @@ class StreamSpec(Message, frozen=True, kw_only=True):
     encode_width: SidePixels | UnsetType = UNSET  # explicit encode size, pixels
     encode_height: SidePixels | UnsetType = UNSET
     memory_bytes: Count | UnsetType = UNSET
+    min_memory_bytes: Count | UnsetType = UNSET  # less than memory_bytes will do, down to this
     retention: RetentionName | UnsetType = UNSET
 
 
@@ -270,6 +272,44 @@ class StreamSpec(Message, frozen=True, kw_only=True):
 
 class Empty(Message, frozen=True, kw_only=True):
     """Data of a request or reply that carries nothing."""
+
+
+class Footprint(Message, frozen=True, kw_only=True):
+    """What pictures take in a memory.
+
+    After n chunks of t seconds, `opening_positions` and the larger of `picture_positions` and of
+    n * `positions_per_chunk` + t * `positions_per_second` are used.
+    """
+
+    bytes_per_token: int
+    chunk_frames: int
+    opening_tokens: int  # what the first chunk takes beyond a later one
+    tokens_per_chunk: int
+    opening_positions: int
+    picture_positions: int  # of one picture in a video that stays open: the clock is behind it at first
+    positions_per_chunk: int
+    positions_per_second: float
+    max_positions: int | UnsetType = UNSET  # the length the model was trained for
+
+
+class Forecast(Message, frozen=True, kw_only=True):
+    """What a stream's memory will hold, as far as that is known before its first frame."""
+
+    memory_bytes: int  # reserved: what was asked for, or what there was
+    capacity_tokens: int
+    encode_size: tuple[int, int] | UnsetType = UNSET  # absent: it follows the pictures, the largest are counted
+    footprint: Footprint
+    num_chunks: int  # that fit
+    limit: MemoryLimit  # what ends first
+    seconds_of_memory: float | UnsetType = UNSET  # of the stream, until then; absent if its rate is unknown
+    seconds_of_positions: float | UnsetType = UNSET  # until the model's positions end
+    load: float | UnsetType = UNSET  # expected share of the engine's time; over 1 is more than it has
+
+
+class StreamAdded(Message, frozen=True, kw_only=True):
+    """Data of the reply to `stream_add`."""
+
+    forecast: Forecast | UnsetType = UNSET
 
 
 class Mark(Message, frozen=True, kw_only=True):
@@ -306,7 +346,9 @@ class CacheInfo(Message, frozen=True, kw_only=True):
     newest_seq: int | UnsetType = UNSET
     seen_until_ns: int | UnsetType = UNSET  # frames came until then that looked like the newest one, and were gated
     seconds_until_full: float | UnsetType = UNSET  # at the present rate of tokens
+    seconds_of_memory: float | UnsetType = UNSET  # without a gap, once it is full, at the present rate of tokens
     full: bool = False
+    limit: MemoryLimit | UnsetType = UNSET  # of what there is no more; present while it is full
     whole_from_ns: int | UnsetType = UNSET  # nothing was forgotten since; absent if the newest part was
     num_forgotten_chunks: int = 0  # to make room, since the memory began or was reset
     num_forgotten_frames: int = 0
@@ -359,6 +401,7 @@ class StreamStats(Message, frozen=True, kw_only=True):
     fps_received: float | UnsetType = UNSET
     fps_encoded: float | UnsetType = UNSET
     lag_ms: float | UnsetType = UNSET  # capture to memory, newest chunk; only for capture times
+    load: float | UnsetType = UNSET  # share of the engine's time that its chunks take
     cache: CacheInfo
     frames: FrameCounters
     stages: StageTimings

@@ -25,7 +25,7 @@ import threading
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +42,8 @@ from onlooker.protocol.messages import (
     AskChoice,
     CacheInfo,
     Choice,
+    Footprint,
+    Forecast,
     Mark,
     Marks,
     OptionScore,
@@ -165,12 +167,13 @@ class FakeEngine:
 
     # EngineProtocol: streams and chunks
 
-    def add_stream(self, options: StreamOptions) -> Future[None]:
-        def steps() -> Iterator[None]:
+    def add_stream(self, options: StreamOptions) -> Future[Forecast]:
+        def steps() -> Generator[None, None, Forecast]:
             if options.name in self._memories:
                 raise NodeError(ErrorCode.STREAM_EXISTS, f"stream {options.name} exists")
             self._memories[options.name] = _Memory(options)
             yield from ()
+            return self._forecast(options)
 
         return self._submit(options.name, steps())
 
@@ -326,6 +329,7 @@ class FakeEngine:
         chunks = list(memory.chunks)
         num_tokens = sum(len(chunk.pictures) for chunk in chunks) * TOKENS_PER_FRAME
         newest = chunks[-1].pictures[chunks[-1].num_frames - 1] if chunks else None
+        is_full = num_tokens + TOKENS_PER_FRAME * memory.options.chunk_frames > self.capacity_tokens
         return CacheInfo(
             num_tokens=num_tokens,
             capacity_tokens=self.capacity_tokens,
@@ -339,7 +343,28 @@ class FakeEngine:
             oldest_ns=chunks[0].pictures[0].ts if chunks else UNSET,
             newest_ns=newest.ts if newest else UNSET,
             newest_seq=newest.seq if newest else UNSET,
-            full=num_tokens + TOKENS_PER_FRAME * memory.options.chunk_frames > self.capacity_tokens,
+            full=is_full,
+            limit="memory" if is_full else UNSET,
+        )
+
+    def _forecast(self, options: StreamOptions) -> Forecast:
+        per_chunk = options.chunk_frames * TOKENS_PER_FRAME
+        footprint = Footprint(
+            bytes_per_token=BYTES_PER_TOKEN,
+            chunk_frames=options.chunk_frames,
+            opening_tokens=0,
+            tokens_per_chunk=per_chunk,
+            opening_positions=0,
+            picture_positions=0,
+            positions_per_chunk=per_chunk,
+            positions_per_second=0.0,
+        )
+        return Forecast(
+            memory_bytes=options.memory_bytes,
+            capacity_tokens=self.capacity_tokens,
+            footprint=footprint,
+            num_chunks=self.capacity_tokens // per_chunk,
+            limit="memory",
         )
 
     def streams(self) -> list[str]:

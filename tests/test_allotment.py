@@ -9,8 +9,8 @@ from onlooker.node.options import StreamOptions
 from onlooker.protocol.errors import NodeError
 
 
-def stream(name: str, memory_bytes: int = 10) -> StreamOptions:
-    return StreamOptions(name=name, memory_bytes=memory_bytes)
+def stream(name: str, memory_bytes: int = 10, min_memory_bytes: int | None = None) -> StreamOptions:
+    return StreamOptions(name=name, memory_bytes=memory_bytes, min_memory_bytes=min_memory_bytes)
 
 
 def test_a_stream_beyond_their_number_is_refused_until_one_is_gone():
@@ -26,11 +26,33 @@ def test_a_stream_beyond_their_number_is_refused_until_one_is_gone():
 def test_a_stream_beyond_their_memory_is_refused_with_the_figures():
     allotment = Allotment(max_streams=9, max_memory_bytes=25)
     allotment.take(stream("a"))
-    with pytest.raises(NodeError, match="memory_bytes 16 and the 10 of") as caught:
+    with pytest.raises(NodeError, match=r"needs 16 bytes .* 15 are left beside the 10 of") as caught:
         allotment.take(stream("b", 16))
     assert caught.value.code == "OUT_OF_MEMORY"
-    assert caught.value.details == {"max_memory_bytes": 25, "taken_bytes": 10}
-    allotment.take(stream("b", 15))
+    figures = {"needed_bytes": 16, "left_bytes": 15, "taken_bytes": 10, "promised_bytes": 0, "max_memory_bytes": 25}
+    assert caught.value.details == figures
+    assert allotment.take(stream("b", 15)) == 15
+
+
+def test_a_stream_that_asks_for_more_than_is_left_gets_that_but_never_less_than_its_least():
+    allotment = Allotment(max_streams=9, max_memory_bytes=25)
+    assert allotment.take(stream("a", 30, 5)) == 25
+    allotment.keep("a", 18)  # the device had no more
+    with pytest.raises(NodeError) as caught:
+        allotment.take(stream("b", 30, 8))
+    assert (caught.value.code, caught.value.details["left_bytes"]) == ("OUT_OF_MEMORY", 7)
+    assert allotment.take(stream("b", 30, 7)) == 7
+
+
+def test_what_is_promised_to_a_stream_is_there_when_it_comes():
+    allotment = Allotment(max_streams=9, max_memory_bytes=25, promised={"a": 5, "b": 8})
+    assert allotment.take(stream("a", 30, 5)) == 17
+    with pytest.raises(NodeError) as caught:
+        allotment.take(stream("c", 1))
+    assert caught.value.details["promised_bytes"] == 8
+    assert allotment.take(stream("b", 30, 8)) == 8
+    allotment.give_back("b")
+    assert allotment.take(stream("c", 8)) == 8  # a stream that was removed is promised nothing
 
 
 def test_what_never_fits_is_too_large():

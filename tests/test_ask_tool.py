@@ -302,6 +302,7 @@ def test_a_stream_is_added_with_its_gate_and_drop(node: Node) -> None:
 def test_a_stream_is_added_and_removed(node: Node, engine: FakeEngine) -> None:
     added = control(node, "add", "gate")
     assert (added.status, added.out.split(" (")[0]) == (0, "stream gate added to the node")
+    assert "it holds 25000 frames of the largest pictures, 16 tokens a chunk" in added.out
     assert set(engine.streams()) == {"front", "gate"}
     assert "STREAM_EXISTS" in control(node, "add", "gate").err
     assert control(node, "remove", "gate").status == 0

@@ -29,7 +29,7 @@ from onlooker.protocol.errors import (
     NoReplyError,
 )
 from onlooker.protocol.interface import VideoMemory
-from onlooker.protocol.messages import Answer, PartialAnswer, StreamSpec, StreamStats
+from onlooker.protocol.messages import Answer, PartialAnswer, StreamAdded, StreamSpec, StreamStats
 
 RED = np.full((2, 3, 3), (255, 0, 0), np.uint8)
 
@@ -125,7 +125,9 @@ def test_every_verb_sends_its_data_and_returns_the_reply(
     result = call(client)
     request = node.seen.get_nowait()
     assert (request["endpoint"], request["data"]) == (endpoint, data)
-    if endpoint not in REPLIES:
+    if endpoint == "stream_add":  # of a node that foretells nothing
+        assert result == StreamAdded()
+    elif endpoint not in REPLIES:
         assert result is None
     elif endpoint != "streams":
         assert result == msgspec.convert(REPLIES[endpoint], ENDPOINTS[endpoint].reply)

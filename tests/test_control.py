@@ -181,7 +181,8 @@ def test_after_a_rollback_nothing_received_before_it_is_remembered(engine: FakeE
 
 
 def test_a_stream_is_added_and_removed_at_run_time(engine: FakeEngine, node: Node, client: RawClient):
-    assert client.ok("stream_add", {"stream": "back", "chunk_frames": 2, "encode_width": 64, "encode_height": 32}) == {}
+    added = client.ok("stream_add", {"stream": "back", "chunk_frames": 2, "encode_width": 64, "encode_height": 32})
+    assert added["forecast"]["footprint"]["chunk_frames"] == 2
     assert sorted(engine.streams()) == ["back", "front"]
     with Camera(node.endpoints["frames"], "back") as camera:
         camera.publish(2)
@@ -245,6 +246,15 @@ def test_streams_are_added_until_their_memory_is_taken(engine: FakeEngine):
         # One that could not be added gives its share back.
         assert client.error("stream_add", {"stream": "b", "connect": "tcp://*:5", "memory_bytes": 1 << 20})
         client.ok("stream_add", {"stream": "b", "memory_bytes": 1 << 20})
+
+
+def test_a_stream_that_can_do_with_less_gets_what_is_left_and_is_told_how_much(engine: FakeEngine):
+    limits = {"limits__max_memory_bytes": "3MiB", "stream_defaults__memory_bytes": "2MiB"}
+    with running_node(engine, **limits) as node, RawClient(node.endpoints["control"]) as client:
+        added = client.ok("stream_add", {"stream": "b", "min_memory_bytes": 1 << 20})
+        assert added["forecast"]["memory_bytes"] == 1 << 20
+        client.ok("stream_remove", {"stream": "front"})
+        assert client.ok("stream_add", {"stream": "c"})["forecast"]["memory_bytes"] == 2 << 20
 
 
 def test_on_the_cpu_a_stream_larger_than_the_machine_is_refused(engine: FakeEngine, client: RawClient):

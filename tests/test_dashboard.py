@@ -132,13 +132,15 @@ class Life:
             host_rss_bytes=1 << 30,
         )
         frames = replace(stream_stats().frames, received=n, dropped={"ring_full": n, "sampled_out": n}, gaps=n)
+        frames = replace(frames, forgotten=n)
         nearly = replace(
             stream_stats().cache, num_tokens=950, positions_used=950, positions_left=50, seconds_until_full=9.0
         )
+        nearly = replace(nearly, seconds_of_memory=99.0)
         full = replace(stream_stats().cache, num_tokens=1000, full=True)
         return [
             stats,
-            _stream(n, "gate", state="offline", lag_ms=9000.0, frames=frames, cache=nearly),
+            _stream(n, "gate", state="offline", lag_ms=9000.0, load=0.5, frames=frames, cache=nearly),
             _stream(n, "yard", cache=full),
             Event(ts=NS, kind="publisher_restarted", stream="gate", message="another session publishes the stream"),
         ]

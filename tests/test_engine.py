@@ -15,8 +15,9 @@ from onlooker.node.engine import MAX_MARKS, Engine, load_engine
 from onlooker.node.engine_protocol import EngineProtocol
 from onlooker.node.memory import StreamMemory
 from onlooker.node.options import StreamOptions
+from onlooker.node.vram import VramMeter
 from onlooker.protocol.errors import NodeError
-from onlooker.protocol.messages import UNSET, Answer, Ask, AskChoice, QuestionCounters
+from onlooker.protocol.messages import UNSET, Answer, Ask, AskChoice, QuestionCounters, Vram
 
 QUESTION = "What do you see now? What did you see first?"
 NUM_SLOTS = 3
@@ -151,9 +152,30 @@ def test_a_stream_is_there_once_it_is_added_and_gone_once_it_is_removed(engine: 
 
 def test_a_stream_that_cannot_be_added_has_its_code(engine: Engine):
     assert code_of(engine.add_stream(StreamOptions("front"))) == "STREAM_EXISTS"
-    assert code_of(engine.add_stream(StreamOptions("tiny", memory_bytes=1))) == "BAD_REQUEST"
+    assert code_of(engine.add_stream(StreamOptions("tiny", memory_bytes=1))) == "TOO_LARGE"
     assert code_of(engine.add_stream(StreamOptions("giant", memory_bytes=1 << 60))) == "OUT_OF_MEMORY"
     assert engine.streams() == ["front"]
+
+
+class ScarceDevice(VramMeter):
+    """A device that says how much is free, and of which a tenth is not touched."""
+
+    def __init__(self, free_bytes: int) -> None:
+        super().__init__(torch.device("cpu"))
+        self.free_bytes = free_bytes
+
+    def read(self, *, weights_bytes: int, kv_bytes: int) -> Vram:
+        known = {"total_bytes": 2 * self.free_bytes, "free_bytes": self.free_bytes, "activations_peak_bytes": 0}
+        known |= {"torch_allocated_bytes": 0, "torch_reserved_bytes": 0}
+        return Vram(device="cuda:0", weights_bytes=weights_bytes, kv_bytes=kv_bytes, **known)
+
+
+def test_a_stream_reserves_no_more_than_its_device_has_room_for(engine: Engine):
+    engine._meter = ScarceDevice(1_000_000)
+    options = StreamOptions("less", memory_bytes=2_000_000, min_memory_bytes=900_000)
+    assert engine.add_stream(options).result(WAIT_S).memory_bytes == 900_000
+    assert code_of(engine.add_stream(StreamOptions("more", memory_bytes=900_001))) == "OUT_OF_MEMORY"
+    assert engine.cache_info("less").resident_bytes <= 900_000
 
 
 def test_every_verb_about_an_unknown_stream_says_so(engine: Engine):

@@ -1,5 +1,6 @@
 import gc
 import weakref
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -270,7 +271,28 @@ def test_the_figures_follow_the_chunks(model: DirectedModel):
     assert (info.oldest_ns, info.newest_ns, info.newest_seq) == (1_500_000_007, 4_500_000_007, 9)
     assert info.seconds == 3.0
     left = info.capacity_tokens - info.num_tokens
-    assert info.seconds_until_full == pytest.approx(left / (info.num_tokens / 3.0))
+    per_second = sum(record.num_tokens for record in stream.ledger.records) / 3.0
+    assert info.seconds_until_full == pytest.approx(left / per_second)
+    assert info.seconds_of_memory == pytest.approx((info.capacity_tokens - stream.now.num_anchor) / per_second)
+
+
+def test_a_memory_whose_positions_end_first_says_when_and_then_that_it_was_they(model: DirectedModel):
+    stream = memory(model)
+    stream.append(chunk(0))
+    model.config = deepcopy(model.config)
+    model.config.text_config.max_position_embeddings = stream.now.layout.next_position + 6
+    stream.append(chunk(2))
+    info = stream.info()
+    left = info.positions_left
+    assert left is not UNSET and info.seconds_until_full == pytest.approx(left / 2)  # 2 positions a second
+    seq = 4
+    with pytest.raises(ChunkRefused):
+        while seq < 40:
+            stream.append(chunk(seq))
+            seq += 2
+    assert (stream.info().full, stream.info().limit) == (True, "positions")
+    stream.reset()
+    assert stream.info().limit is UNSET
 
 
 # Marks and sizes

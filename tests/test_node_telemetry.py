@@ -159,7 +159,8 @@ def test_a_full_memory_is_told(engine: FakeEngine, watcher: Watcher, camera: zmq
     engine.capacity_tokens = 16
     watcher.until_kind("hello")
     publish(camera, 8)
-    watcher.until_event("memory_full")
+    full = watcher.until_event("memory_full")
+    assert (full.details, full.message.split(":")[0]) == ({"limit": "memory"}, "the memory is full")
 
 
 def test_what_a_full_memory_forgot_is_told_and_not_with_every_chunk(

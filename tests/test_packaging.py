@@ -25,8 +25,21 @@ PAGE = {"web_page", "web_server"}
 ALLOWED = {"protocol": set(), "node": {"protocol"}, "tools": {"protocol"}, "training": {"protocol", "node", "tools"}}
 # The files of node/ that compute; all others run on a machine without torch.
 COMPUTING = {
-    *("answer", "arena", "attention", "branch", "choice", "decoding", "engine", "local", "machine", "memory", "model"),
-    *("native_answers", "passes", "preprocess", "random_checkpoint", "reference", "verify", "vram"),
+    *(
+        "answer",
+        "arena",
+        "attention",
+        "branch",
+        "choice",
+        "decoding",
+        "engine",
+        "forecast",
+        "local",
+        "machine",
+        "memory",
+        "model",
+    ),
+    *("model", "native_answers", "passes", "preprocess", "random_checkpoint", "reference", "verify", "vram"),
     *("bench", "bench_engine", "bench_naive", "bench_profile", "bench_report", "bench_wire"),
     *("ceilings", "published", "published_node", "stopwatch"),
     *("compilation", "language", "pace", "split_kv", "split_kv_kernels", "steps", "token_drop", "upload", "vision"),

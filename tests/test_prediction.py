@@ -1,27 +1,26 @@
 from typing import Any
 
-import pytest
+from onlooker.protocol.forecast import room_of, seconds_of_positions
+from onlooker.protocol.messages import Vram
+from onlooker.tools.prediction import MeasuredFootprint, predict
 
-from onlooker.tools.prediction import Footprint, predict
 
-
-def footprint(**changes: Any) -> Footprint:
+def footprint(**changes: Any) -> MeasuredFootprint:
     facts: dict[str, Any] = {
         "received_size": (1920, 1080),
         "encoded_size": (1932, 1092),
         "chunk_frames": 4,
         "bytes_per_token": 10,
+        "picture_positions": 0,
+        "positions_per_second": 0.0,
         "opening_tokens": 5,
         "tokens_per_chunk": 100,
         "opening_positions": 3,
         "positions_per_chunk": 2,
-        "max_positions": None,
         "chunk_s": 0.5,
-        "workspace_bytes": 50,
-        "free_bytes": 1000,
-        "total_bytes": 2000,
+        "room": None,
     }
-    return Footprint(**facts | changes)
+    return MeasuredFootprint(**facts | changes)
 
 
 def test_as_many_chunks_fit_as_there_are_tokens_for_after_the_opening_words():
@@ -47,10 +46,39 @@ def test_a_chunk_that_is_larger_than_the_memory_does_not_fit():
     assert (nothing.num_chunks, nothing.num_tokens, nothing.logical_bytes) == (0, 0, 0)
 
 
+def test_the_clock_of_an_open_video_uses_positions_up_once_it_has_passed_the_size_of_a_picture():
+    took = footprint(positions_per_chunk=0, positions_per_second=2.0, picture_positions=8, max_positions=13)
+    ends = predict(took, capacity_tokens=10_000, fps=8, file_frames=None)
+    assert (ends.num_chunks, ends.seconds, ends.limit) == (10, 5.0, "positions")
+    assert predict(took, capacity_tokens=305, fps=8, file_frames=None).limit == "memory"
+
+
+def test_a_picture_that_needs_more_positions_than_there_are_does_not_fit():
+    took = footprint(positions_per_second=2.0, picture_positions=8, max_positions=10)
+    assert predict(took, capacity_tokens=10_000, fps=8, file_frames=None).num_chunks == 0
+
+
+def test_positions_that_the_clock_uses_up_end_nothing_while_the_rate_is_unknown():
+    took = footprint(positions_per_chunk=0, positions_per_second=2.0, max_positions=13)
+    assert predict(took, capacity_tokens=10_000, fps=None, file_frames=None).limit == "memory"
+    assert seconds_of_positions(took, None) == 5.0
+    assert seconds_of_positions(footprint(max_positions=13), None) is None
+    assert seconds_of_positions(footprint(max_positions=13), 8.0) == 2.5
+
+
+def vram(**changes: int) -> Vram:
+    known = {"activations_peak_bytes": 50, "total_bytes": 2000, "free_bytes": 700}
+    known |= {"torch_allocated_bytes": 100, "torch_reserved_bytes": 400} | changes
+    return Vram(device="cuda:0", weights_bytes=80, kv_bytes=20, **known)
+
+
 def test_the_room_is_what_is_free_less_the_workspace_and_a_margin():
-    assert footprint().room_bytes == 1000 - 50 - 100
+    room = room_of(vram())
+    assert room is not None
+    assert (room.free_bytes, room.num_bytes) == (700 + 400 - 100, 1000 - 50 - 100)
+    tight = room_of(vram(free_bytes=0, torch_reserved_bytes=100))
+    assert tight is not None and tight.num_bytes == 0
 
 
-@pytest.mark.parametrize("unknown", ["free_bytes", "workspace_bytes", "total_bytes"])
-def test_the_room_is_unknown_where_a_part_of_it_is(unknown: str):
-    assert footprint(**{unknown: None}).room_bytes is None
+def test_the_room_is_unknown_where_a_part_of_it_is():
+    assert room_of(Vram(device="cpu", weights_bytes=80, kv_bytes=20)) is None

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -30,7 +30,8 @@ from rich.table import Table
 from ..protocol.camera import FramePublisher
 from ..protocol.client import NodeClient
 from ..protocol.errors import ErrorCode, NodeError, OnlookerError
-from ..protocol.messages import NodeStats, StreamSpec, StreamStats, Vram, or_unset
+from ..protocol.forecast import room_of
+from ..protocol.messages import CacheInfo, NodeStats, StreamAdded, StreamSpec, StreamStats, or_unset
 from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT, FRAMES_ENDPOINT
 from .capacity_plot import plot_capacity
 from .capacity_report import Aftermath, CapacityReport, End, Round, comparisons, findings, recommendations
@@ -57,7 +58,7 @@ from .node import require_node
 from .node_process import NODE_MODULE, running_node
 from .playback import POLL_S, STALLED_AFTER_S, StalledError
 from .plot import check_plot
-from .prediction import Footprint, Prediction, predict
+from .prediction import MeasuredFootprint, Prediction, predict
 from .quantity import bytes_text, seconds_text
 from .replay import stream_slug
 from .video import ReaderName, Selection, Video, VideoFrame, open_video
@@ -226,7 +227,8 @@ def measure_capacity(
         frames = video.read(Selection(stride=options.stride))
         first = list(itertools.islice(frames, NUM_PROBE_CHUNKS * options.chunk_frames))
         footprint = _probe(client, route, options, first)
-        memory_bytes = options.memory_bytes or footprint.room_bytes or DEFAULT_MEMORY_BYTES
+        room_bytes = footprint.room.num_bytes if footprint.room else DEFAULT_MEMORY_BYTES
+        memory_bytes = options.memory_bytes or room_bytes
         spec = options.spec(options.stream, memory_bytes)
         with _stream(client, spec, num_tries=MAX_TRIES if options.memory_bytes is None else 1):
             fps = video.fps / options.stride if video.fps else None
@@ -307,13 +309,13 @@ class Sender:
                 time.sleep(POLL_S)
 
 
-def _probe(client: NodeClient, route: Route, options: CapacityOptions, frames: list[VideoFrame]) -> Footprint:
+def _probe(client: NodeClient, route: Route, options: CapacityOptions, frames: list[VideoFrame]) -> MeasuredFootprint:
     """Send the first chunks one by one into a memory of their own, and see what they take."""
     free = _known(client.status().vram.free_bytes)
     memory_bytes = max(MIN_PROBE_BYTES, free // PROBE_SHARE if free else 0)
     name = f"{options.stream[:58]}-probe"
     with (
-        _stream(client, options.spec(name, memory_bytes)),
+        _stream(client, options.spec(name, memory_bytes)) as added,
         _publisher(route, name) as publisher,
     ):
         sender = Sender(client, publisher, options.chunk_frames, threading.Event())
@@ -329,29 +331,50 @@ def _probe(client: NodeClient, route: Route, options: CapacityOptions, frames: l
         stats = stats_of(client, name)
     vram = _fresh_stats(client).vram  # without the memory of the probe
     taken = [after.num_tokens - before.num_tokens for before, after in itertools.pairwise(steps)]
-    moved = [after.positions_used - before.positions_used for before, after in itertools.pairwise(steps)]
     if not taken or taken[-1] <= 0 or not isinstance(stats.encoded_size, tuple):
         raise NothingFitsError(
             f"the node did not take the first chunks of the video: {stats.frames.dropped or 'it does not say why'}"
         )
     assert isinstance(stats.received_size, tuple)
     info = steps[-1]
-    left = info.positions_left
-    return Footprint(
+    return MeasuredFootprint(
         received_size=stats.received_size,
         encoded_size=stats.encoded_size,
         chunk_frames=options.chunk_frames,
         bytes_per_token=info.bytes_per_token,
         opening_tokens=taken[0] - taken[-1],
         tokens_per_chunk=taken[-1],
-        opening_positions=moved[0] - moved[-1],
-        positions_per_chunk=moved[-1],
-        max_positions=None if left is UNSET else info.positions_used + left,
+        **_positions(steps, added),
         chunk_s=chunk_s,
-        workspace_bytes=_known(vram.activations_peak_bytes),
-        free_bytes=_free_bytes(vram),
-        total_bytes=_known(vram.total_bytes),
+        room=room_of(vram),
     )
+
+
+def _positions(steps: list[CacheInfo], added: StreamAdded) -> dict[str, Any]:
+    """What chunks take of the model's positions, as far as that shows.
+
+    In a video that stays open a chunk takes none at first, as long as its clock is behind the size of one picture: how
+    fast that clock goes the node says.
+    """
+    used = [each.positions_used for each in steps]
+    per_chunk = used[-1] - used[-2]
+    left = steps[-1].positions_left
+    known = {
+        "opening_positions": used[1] - used[0] - per_chunk,
+        "picture_positions": 0,
+        "positions_per_chunk": per_chunk,
+        "positions_per_second": 0.0,
+        "max_positions": UNSET if left is UNSET else used[-1] + left,
+    }
+    if added.forecast is UNSET or added.forecast.footprint.picture_positions == 0:
+        return known
+    told = added.forecast.footprint
+    return known | {
+        "opening_positions": told.opening_positions,
+        "picture_positions": used[1] - told.opening_positions,
+        "positions_per_chunk": told.positions_per_chunk,
+        "positions_per_second": told.positions_per_second,
+    }
 
 
 def _replay(
@@ -382,7 +405,7 @@ def _replay(
             if stop.is_set():
                 return rounds, "interrupted"
             if stats.cache.full or stats.frames.dropped.get("memory_full"):
-                return rounds, "memory_full"
+                return rounds, "positions" if stats.cache.limit == "positions" else "memory_full"
             if stats.frames.dropped.get("out_of_memory"):
                 return rounds, "out_of_memory"
             if is_over:
@@ -447,25 +470,25 @@ def _own_node(
 
 
 @contextmanager
-def _stream(client: NodeClient, spec: StreamSpec, *, num_tries: int = 1) -> Iterator[None]:
+def _stream(client: NodeClient, spec: StreamSpec, *, num_tries: int = 1) -> Iterator[StreamAdded]:
     """A stream of the node for a while; with several tries, one with less memory if there is not that much."""
-    _add(client, spec, num_tries)
+    added = _add(client, spec, num_tries)
     try:
-        yield
+        yield added
     finally:
         client.remove_stream(spec.stream)
 
 
-def _add(client: NodeClient, spec: StreamSpec, num_tries: int) -> None:
+def _add(client: NodeClient, spec: StreamSpec, num_tries: int) -> StreamAdded:
     assert isinstance(spec.memory_bytes, int)
     try:
-        client.add_stream(spec)
+        return client.add_stream(spec)
     except NodeError as error:
         if error.code != ErrorCode.OUT_OF_MEMORY or num_tries == 1:
             raise
         # What is free lies in pieces: a part of it cannot be had as whole layers.
         less = msgspec.structs.replace(spec, memory_bytes=round(spec.memory_bytes * SHRINK))
-        _add(client, less, num_tries - 1)
+        return _add(client, less, num_tries - 1)
 
 
 @contextmanager
@@ -491,13 +514,6 @@ def _fresh_stats(client: NodeClient) -> NodeStats:
         return stats
     time.sleep(VRAM_PERIOD_S)
     return client.status()
-
-
-def _free_bytes(vram: Vram) -> int | None:
-    """What is free on the device, and what the node has taken of it and does not use."""
-    free = _known(vram.free_bytes)
-    reserved, allocated = _known(vram.torch_reserved_bytes), _known(vram.torch_allocated_bytes)
-    return None if free is None else free + (reserved or 0) - (allocated or 0)
 
 
 def _known(value: int | UnsetType) -> int | None:
@@ -542,15 +558,15 @@ def _document(report: CapacityReport, facts: dict[str, str]) -> bytes:
     return msgspec.json.encode(document)
 
 
-def _prediction_text(footprint: Footprint, prediction: Prediction) -> str:
+def _prediction_text(footprint: MeasuredFootprint, prediction: Prediction) -> str:
     """How the prediction comes about, in one line of arithmetic."""
-    room = footprint.room_bytes
+    room = footprint.room
     free = (
         ""
         if room is None
         else (
-            f"free {bytes_text(footprint.free_bytes or 0)} - workspace {bytes_text(footprint.workspace_bytes or 0)} "
-            f"- safety {bytes_text(footprint.safety_bytes or 0)} = {bytes_text(room)}; "
+            f"free {bytes_text(room.free_bytes)} - workspace {bytes_text(room.workspace_bytes)} "
+            f"- safety {bytes_text(room.safety_bytes)} = {bytes_text(room.num_bytes)}; "
         )
     )
     seconds = "" if prediction.seconds is None else f", {seconds_text(prediction.seconds)} of the video"

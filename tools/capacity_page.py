@@ -54,6 +54,7 @@ def _verdict(report: CapacityReport) -> Verdict:
     seconds = f", {seconds_text(last.num_frames / report.video_fps)} of the video" if report.video_fps else ""
     ends = {
         "memory_full": "then the memory was full",
+        "positions": "then the model's positions were used up",
         "out_of_memory": "then the device was out of memory",
         "end_of_file": "the whole file",
         "frames": "as many as asked for",

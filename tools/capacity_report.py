@@ -10,14 +10,14 @@ from typing import Literal
 import msgspec
 
 from ..protocol.messages import StageTimings, Vram
-from .prediction import Footprint, Prediction
+from .prediction import MeasuredFootprint, Prediction
 from .quantity import bytes_text, ms_text, reasons_text, seconds_text
 
 HOUR_S = 3600.0
 MEGAPIXEL = 1e6
 _RATE_MARGIN = 0.8  # of the measured rate, to plan with
 
-End = Literal["memory_full", "out_of_memory", "end_of_file", "frames", "interrupted"]
+End = Literal["memory_full", "positions", "out_of_memory", "end_of_file", "frames", "interrupted"]
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +57,7 @@ class CapacityReport(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     dtype: str
     device: str
-    footprint: Footprint
+    footprint: MeasuredFootprint
     prediction: Prediction
     rounds: list[Round]
     end: End
@@ -94,7 +94,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 def comparisons(report: CapacityReport) -> list[Comparison]:
     """What was predicted, beside what came; of what was cut short, for as many chunks as there were."""
     prediction, last, footprint = report.prediction, report.last, report.footprint
-    reached = report.end in ("memory_full", "end_of_file")
+    reached = report.end in ("memory_full", "positions", "end_of_file")
     workspace = last.vram.activations_peak_bytes
     pairs = [
         ("frames", str(prediction.num_frames), f"{last.num_frames}{'' if reached else ', cut short'}"),
@@ -109,8 +109,8 @@ def comparisons(report: CapacityReport) -> list[Comparison]:
         ("bytes reserved", bytes_text(prediction.memory_bytes), bytes_text(last.resident_bytes)),
         ("frames a second", f"{prediction.fps:.3g}", f"{report.fps:.3g}"),
     ]
-    if footprint.workspace_bytes is not None and isinstance(workspace, int):
-        pairs.append(("workspace, peak", bytes_text(footprint.workspace_bytes), bytes_text(workspace)))
+    if footprint.room is not None and isinstance(workspace, int):
+        pairs.append(("workspace, peak", bytes_text(footprint.room.workspace_bytes), bytes_text(workspace)))
     return [Comparison(figure=figure, predicted=text, measured=measured) for figure, text, measured in pairs]
 
 
@@ -151,7 +151,7 @@ def recommendations(report: CapacityReport) -> list[str]:
                 f"the video has {fps:.3g} frames a second, this machine takes {report.fps:.3g}: keep every "
                 f"{stride}. frame (stride = {stride}), or encode them smaller (encode_size)"
             )
-    if report.prediction.limit == "positions":
+    if "positions" in (report.prediction.limit, report.end):
         lines.append("the model's positions end before the memory does: keep fewer frames, or reset in time")
     if math.prod(report.footprint.encoded_size) > MEGAPIXEL:
         half = _size_text((report.footprint.encoded_size[0] // 2, report.footprint.encoded_size[1] // 2))

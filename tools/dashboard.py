@@ -150,6 +150,13 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
             width=12,
         ),
+        Panel(
+            "Share of the engine's time",
+            (Query(_of_stream(of.LOAD), "{{stream}}"),),
+            "percentunit",
+            is_stacked=True,
+            width=24,
+        ),
     ),
     "Memory": (
         Panel(
@@ -172,10 +179,17 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (
                 Query(_of_stream(of.SPAN), "{{stream}} remembered"),
                 Query(_of_stream(of.UNTIL_FULL), "{{stream}} until full"),
+                Query(_of_stream(of.HORIZON), "{{stream}} once full"),
             ),
             "s",
         ),
-        Panel("Frames remembered", (Query(_of_stream(of.MEMORY_FRAMES), "{{stream}}"),)),
+        Panel(
+            "Frames remembered, and forgotten a second",
+            (
+                Query(_of_stream(of.MEMORY_FRAMES), "{{stream}}"),
+                Query(f"{_rate(_of_stream(of.FORGOTTEN_FRAMES))} > 0", "{{stream}} forgotten a second"),
+            ),
+        ),
         Panel(
             "Tokens",
             (

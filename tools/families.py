@@ -213,6 +213,11 @@ PADDED_FRAMES = Family[StreamStats](
     "Copies of a last frame that filled a chunk.",
     lambda stats: _known(stats.frames.padded),
 )
+FORGOTTEN_FRAMES = Family[StreamStats](
+    "onlooker_frames_forgotten_total",
+    "Frames that the memory forgot to make room for others.",
+    lambda stats: _known(stats.frames.forgotten),
+)
 MISSED_FRAMES = Family[StreamStats](
     "onlooker_frames_missed_total",
     "Numbers in the sequence of frames that never arrived.",
@@ -268,6 +273,16 @@ UNTIL_FULL = Family[StreamStats](
     "Time until the memory is full, at the present rate.",
     lambda stats: _known(stats.cache.seconds_until_full),
 )
+HORIZON = Family[StreamStats](
+    "onlooker_memory_horizon_seconds",
+    "How much of the stream a full memory holds without a gap, at the present rate.",
+    lambda stats: _known(stats.cache.seconds_of_memory),
+)
+LOAD = Family[StreamStats](
+    "onlooker_stream_load_ratio",
+    "Share of the engine's time that the stream's chunks take.",
+    lambda stats: _known(stats.load),
+)
 FULL = Family[StreamStats](
     "onlooker_memory_full",
     "1 if the memory takes no more frames, otherwise 0.",
@@ -322,8 +337,8 @@ OF_NODE: tuple[Family[NodeStats], ...] = (
 )
 OF_STREAM: tuple[Family[StreamStats], ...] = (
     *(STREAM_STATE, LAG, RECEIVED_FRAMES, KEPT_FRAMES, ENCODED_FRAMES, DROPPED_FRAMES, PENDING_FRAMES),
-    *(PADDED_FRAMES, MISSED_FRAMES, STAGES, TOKENS, DROPPED_TOKENS, CAPACITY, LOGICAL_BYTES, RESIDENT_BYTES),
-    *(MEMORY_FRAMES, SPAN, POSITIONS_USED, POSITIONS_LEFT, UNTIL_FULL, FULL),
+    *(PADDED_FRAMES, FORGOTTEN_FRAMES, MISSED_FRAMES, STAGES, LOAD, TOKENS, DROPPED_TOKENS, CAPACITY, LOGICAL_BYTES),
+    *(RESIDENT_BYTES, MEMORY_FRAMES, SPAN, POSITIONS_USED, POSITIONS_LEFT, UNTIL_FULL, HORIZON, FULL),
 )
 OF_HEARING: tuple[Family[Hearing], ...] = (UP, EVENTS, MISSED_RECORDS, MALFORMED_RECORDS)
 FAMILIES = (*OF_HELLO, *OF_NODE, *OF_STREAM, *OF_HEARING)

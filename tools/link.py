@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import typer
+from msgspec import UNSET
 
 from ..protocol.camera import FramePublisher
 from ..protocol.client import NodeClient
 from ..protocol.errors import ErrorCode, NodeError, NoReplyError
 from ..protocol.interface import VideoMemory
-from ..protocol.messages import StreamSpec, StreamStats
+from ..protocol.messages import Forecast, StreamAdded, StreamSpec, StreamStats
 from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT, FRAMES_ENDPOINT
 from .connection import Keys, NoNodeError, check_keys, open_client, wait_ready
-from .quantity import bytes_text
+from .quantity import bytes_text, seconds_text
 
 # Below the ring of a node with default settings, above the pictures of the largest chunk.
 LOSSLESS_IN_FLIGHT = 16
@@ -94,7 +95,7 @@ class Link:
                 message = f"the node has no stream {name}; leave out --no-add, or: onlooker add {name}"
                 raise NodeError(ErrorCode.UNKNOWN_STREAM, message)
             if name not in known:
-                typer.echo(added_text(add_stream(node, StreamSpec(stream=name))), err=True)
+                typer.echo(added_text(name, node.add_stream(StreamSpec(stream=name))), err=True)
 
     def _publisher(self, stream: str) -> FramePublisher:
         check_keys(self.keys, is_server=self.is_bound)
@@ -113,14 +114,29 @@ class Link:
             raise NoSubscriberError(publisher.stream, publisher.endpoint, self.timeout_s)
 
 
-def add_stream(node: NodeClient, spec: StreamSpec) -> StreamStats:
-    """Add a stream to a node, and say what it is like there. Raises the errors of the client."""
-    node.add_stream(spec)
-    return stats_of(node, spec.stream)
+def added_text(stream: str, added: StreamAdded) -> str:
+    text = f"stream {stream} added to the node"
+    if added.forecast is not UNSET:
+        text += f" ({bytes_text(added.forecast.memory_bytes)} of memory reserved)"
+    return text
 
 
-def added_text(stats: StreamStats) -> str:
-    return f"stream {stats.stream} added to the node ({bytes_text(stats.cache.resident_bytes)} of memory reserved)"
+def forecast_text(forecast: Forecast) -> str:
+    """What a memory will hold, in one line."""
+    footprint = forecast.footprint
+    num_frames = forecast.num_chunks * footprint.chunk_frames
+    size = forecast.encode_size
+    pictures = "the largest pictures" if size is UNSET else "pictures of {}x{}".format(*size)
+    text = f"it holds {num_frames} frames of {pictures}, {footprint.tokens_per_chunk} tokens a chunk"
+    if forecast.seconds_of_memory is not UNSET:
+        text += f", {seconds_text(forecast.seconds_of_memory)}"
+    if forecast.limit == "positions":
+        text += ", where the model's positions end"
+    elif forecast.seconds_of_positions is not UNSET:
+        text += f"; the model's positions end after {seconds_text(forecast.seconds_of_positions)}"
+    if forecast.load is not UNSET:
+        text += f"; it takes {forecast.load:.0%} of the engine's time"
+    return text
 
 
 def stats_of(node: VideoMemory, stream: str) -> StreamStats:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
+from msgspec import UNSET
 
 from ..protocol.client import NodeClient
 from ..protocol.messages import CacheInfo, Mark, RetentionName, StreamSpec, StreamStats, or_unset
@@ -29,8 +30,8 @@ from .connection import (
     open_client,
     wait_ready,
 )
-from .link import add_stream, added_text
-from .quantity import bytes_text, reasons_text, seconds_text
+from .link import added_text, forecast_text, stats_of
+from .quantity import bytes_text, horizon_text, reasons_text, seconds_text
 
 TIMEOUT_S = 60.0
 
@@ -109,11 +110,14 @@ def add(
     is_json: JsonOption = False,
 ) -> None:
     """Add a stream to a node, which reserves its memory."""
-    stats = add_stream(
-        client,
-        StreamSpec(stream=stream, retention=or_unset(retention), gate=or_unset(gate), drop=or_unset(drop)),
-    )
-    _print(is_json, stats, added_text(stats))
+    spec = StreamSpec(stream=stream, retention=or_unset(retention), gate=or_unset(gate), drop=or_unset(drop))
+    added = client.add_stream(spec)
+    if is_json:
+        _print_json(msgspec.to_builtins(stats_of(client, stream)) | msgspec.to_builtins(added))
+        return
+    typer.echo(added_text(stream, added))
+    if added.forecast is not UNSET:
+        typer.echo(forecast_text(added.forecast))
 
 
 @of_node
@@ -195,7 +199,8 @@ def _stream_text(stats: StreamStats) -> str:
 def _cache_text(cache: CacheInfo) -> str:
     used = f"{cache.num_tokens} of {cache.capacity_tokens} tokens ({bytes_text(cache.logical_bytes)})"
     dropped = f", {cache.num_dropped_tokens} tokens dropped" if cache.num_dropped_tokens else ""
-    return f"remembers {cache.num_frames} frames in {used}{dropped}"
+    horizon = horizon_text(cache)
+    return f"remembers {cache.num_frames} frames in {used}{dropped}" + (f", {horizon}" if horizon else "")
 
 
 def _mark_text(mark: Mark) -> str:

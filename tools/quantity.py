@@ -2,6 +2,10 @@
 
 from datetime import UTC, datetime
 
+from msgspec import UNSET
+
+from ..protocol.messages import CacheInfo
+
 NS_PER_S = 1_000_000_000
 
 
@@ -26,6 +30,16 @@ def seconds_text(seconds: float) -> str:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def horizon_text(cache: CacheInfo) -> str:
+    """`holds 12 min once full, 3900 positions left`, as far as it is known."""
+    parts = []
+    if cache.seconds_of_memory is not UNSET:
+        parts.append(f"holds {seconds_text(cache.seconds_of_memory)} once full")
+    if cache.positions_left is not UNSET:
+        parts.append(f"{cache.positions_left} positions left")
+    return ", ".join(parts)
 
 
 def ms_text(milliseconds: float) -> str:

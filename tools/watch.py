@@ -25,7 +25,7 @@ from ..protocol.messages import CacheInfo, Event, FrameCounters, NodeStats, Stag
 from ..protocol.sockets import TELEMETRY_ENDPOINT
 from ..protocol.telemetry import TelemetrySubscriber
 from .connection import ClientKeyOption, JsonOption, Keys, ServerKeyOption, TelemetryOption, check_keys
-from .quantity import NS_PER_S, bytes_text, ms_text, reasons_text, seconds_text
+from .quantity import NS_PER_S, bytes_text, horizon_text, ms_text, reasons_text, seconds_text
 from .view import MAX_EVENTS, View
 
 HINT = "Ctrl-C ends it"
@@ -245,9 +245,11 @@ def _memory(cache: CacheInfo, fills: bool) -> RenderableType:
     if cache.num_dropped_tokens:
         text += f", {cache.num_dropped_tokens} tokens dropped"
     if cache.full:
-        text += ", full"
+        text += ", the model's positions are used up" if cache.limit == "positions" else ", full"
     elif fills and cache.seconds_until_full is not UNSET:
         text += f", full in {seconds_text(cache.seconds_until_full)}"
+    if horizon := horizon_text(cache):
+        text += f"\n{horizon}"
     return _bar(share, "yellow" if cache.full else "green").append(text, style="default")
 
 
@@ -273,6 +275,8 @@ def _chunks_text(stats: StreamStats) -> str:
         value = getattr(stats.stages, name)
         if value is not UNSET:
             parts.append(f"{name.removesuffix('_ms')} {ms_text(value)}")
+    if stats.load is not UNSET:
+        parts.append(f"{stats.load:.0%} of the engine's time")
     return ", ".join(parts) or "none yet"
 
 

@@ -242,16 +242,18 @@ def memory(stats: StreamStats | None) -> str:
     kind = "warn" if cache.full or share > 0.9 else "good"
     bar = f'<div class="ol-track ol-{kind}"><i style="width:{100 * share:.2f}%"></i></div>'
     label = f'<div class="ol-between"><span>{share:.1%} full</span></div>' if share >= 0.001 else ""
-    full = note("The memory is full: new frames are dropped, answers go on. Reset it, or roll back to a mark.", "warn")
+    what = "The model's positions are used up" if cache.limit == "positions" else "The memory is full"
+    full = note(f"{what}: new frames are dropped, answers go on. Reset it, or roll back to a mark.", "warn")
     return (full if cache.full else "") + f'<div class="ol-tiles ol-four">{"".join(tiles)}</div>{bar}{label}'
 
 
 def _until_full(stats: StreamStats) -> str:
-    if stats.cache.full:
+    cache = stats.cache
+    if cache.full:
         return "full"
-    if stats.state == "online" and stats.cache.seconds_until_full is not UNSET:
-        return f"full in {seconds_text(round(stats.cache.seconds_until_full))}"
-    return ""
+    if stats.state == "online" and cache.seconds_until_full is not UNSET:
+        return f"full in {seconds_text(round(cache.seconds_until_full))}"
+    return "" if cache.seconds_of_memory is UNSET else f"of {seconds_text(round(cache.seconds_of_memory))}"
 
 
 class Column(NamedTuple):
