@@ -214,7 +214,7 @@ class StreamDefaults(_Section):
     drop: Annotated[float, BeforeValidator(_whole_number), Field(ge=0, le=1)] | None = Field(
         default=None,
         description="leave out a token more similar (cosine) to the last one kept at its place; off without it",
-        examples=[0.9],
+        examples=[0.95],
     )
     chunk_frames: Annotated[int, AfterValidator(_checked_chunk_frames)] = Field(
         default=4, description="frames encoded together: 1 (images), 2 (least delay), 4, 6 or 8 (most throughput)"
