@@ -55,7 +55,6 @@ POLL_S = 0.02
 NODE_ARGUMENTS = (
     *("--model", "builtin", "--device", "cpu", "--stream", STREAM),
     *("--set", "name=demo", "--set", "telemetry.period_s=0.25", "--set", "stream_defaults.memory_bytes=64MiB"),
-    *("--set", "stream_defaults.layout=turns"),  # in which the built-in model lists things best
 )
 
 
