@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from nodes import running_node
 
@@ -13,7 +14,10 @@ from onlooker.node.native_answers import QUESTIONS, draw_shapes, native_answers,
 from onlooker.node.reference import Film
 from onlooker.tools.exam import Plan, Report
 from onlooker.tools.qa import Sockets, examine_at
-from onlooker.tools.scenario import Setting, rounds_scenario, stories_scenario
+from onlooker.tools.scenario import Part, Query, Setting, rounds_scenario, stories_scenario
+from onlooker.tools.scene_questions import ask_about
+
+SETTINGS = (Setting("native", 4), Setting("turns", 4))
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +39,24 @@ def test_the_three_rounds_are_answered_rightly(sockets: Sockets, setting: Settin
 
 
 def test_stories_are_answered_rightly_and_a_storm_of_questions_changes_nothing(sockets: Sockets):
-    settings = [Setting("native", 4), Setting("turns", 4)]
-    plan = Plan("stories", stories_scenario(1, 6, [1, 3, 6], 8, settings), min_accuracy=0.75, num_storm=2)
+    plan = Plan("stories", stories_scenario(1, 6, [1, 3, 6], 8, SETTINGS), min_accuracy=0.9, num_storm=2)
     report = examine_at(sockets, plan)
+    assert report.held, (report.checks, mistakes(report))
+
+
+def at_the_end(part: Part, kind: str, num_questions: int) -> Part:
+    """The same frames, and after the last of them questions of one kind, as many as this story has something for."""
+    script, rng = part.script, np.random.default_rng(part.script.seed)
+    drawn = [ask_about(script.story, script.times_s, rng, kind=kind, phrasings="test") for _ in range(num_questions)]
+    queries = tuple(Query(script.num_frames, quiz) for quiz in drawn if quiz)
+    return part._replace(script=replace(script, queries=queries))
+
+
+@pytest.mark.parametrize("kind", ["seen_x", "visible_x"])
+def test_yes_and_no_are_said_rightly(sockets: Sockets, kind: str):
+    parts = [at_the_end(part, kind, 8) for part in stories_scenario(2, 4, [2, 6], 1, SETTINGS)]
+    report = examine_at(sockets, Plan("stories", parts, min_accuracy=0.9))
+    assert {each.wanted for each in report.asked} == {"yes", "no"}
     assert report.held, (report.checks, mistakes(report))
 
 
