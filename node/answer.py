@@ -124,7 +124,7 @@ def decode_tokens(model: VisionLanguageModel, tokens: Sequence[tuple[int, Branch
         return logits
     positions = np.array([[row.position] for row in rows])
     ids = np.array([[row.token] for row in rows])
-    step = DecodeStep([Place(row.memory, row.own) for row in rows])
+    step = DecodeStep([Place(row.memory, row.own, row.aside) for row in rows])
     return model.logits(model.read_batch(ids, positions, step)[:, 0])
 
 

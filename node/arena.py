@@ -99,12 +99,13 @@ class Arena:
 
     @torch.inference_mode()
     def gather(self, rows: np.ndarray, to: int, num_at_once: int = _ROWS_AT_ONCE) -> None:
-        """Move rows down in every layer: row `to + i` becomes what rows[i] holds.
+        """Move rows down in every layer, or to above all of them: row `to + i` becomes what rows[i] holds.
 
-        rows (n,), int64, ascend, and none lies below its place. Works in place, by way of a small stage.
-        Raises torch.OutOfMemoryError before anything has moved.
+        rows (n,), int64, ascend, and none lies below its place, or all lie below `to`. Works in place, by way of a
+        small stage. Raises torch.OutOfMemoryError before anything has moved.
         """
-        assert to + len(rows) <= self.capacity and bool((rows >= np.arange(to, to + len(rows))).all()), (to, rows)
+        is_down = bool((rows >= np.arange(to, to + len(rows))).all())
+        assert to + len(rows) <= self.capacity and (is_down or rows[-1] < to), (to, rows)
         moves = {
             device: self._moves(rows, min(len(rows), num_at_once), device)
             for device in dict.fromkeys(self.shape.layer_devices)
@@ -157,21 +158,25 @@ class Arena:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in (*self.keys, *self.values)}
         return sum(storage.nbytes() for storage in storages.values())
 
-    def fingerprint(self, num_tokens: int) -> str:
-        """Digest of K and V rows sampled evenly over the first `num_tokens`, the last among them, in three layers.
+    def fingerprint(self, rows: np.ndarray) -> str:
+        """Digest of K and V of some rows in three layers.
 
         It is a cheap witness that a memory was not written to, not a proof that nothing collides.
         """
-        if num_tokens == 0:
+        if not len(rows):
             return ""
-        last = num_tokens - 1
-        rows = sorted({last - last * i // _FINGERPRINT_ROWS for i in range(_FINGERPRINT_ROWS + 1)})
         layers = sorted({0, self.shape.num_layers // 2, self.shape.num_layers - 1})
         digest = hashlib.blake2b(digest_size=8)
         for layer in layers:
             for tensor in (self.keys[layer], self.values[layer]):
-                digest.update(tensor[rows].cpu().view(torch.uint8).numpy().tobytes())
+                digest.update(tensor[rows.tolist()].cpu().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def sampled(num_tokens: int) -> np.ndarray:
+    """Rows sampled evenly over the first `num_tokens`, the last among them."""
+    last = num_tokens - 1
+    return np.array(sorted({last - last * i // _FINGERPRINT_ROWS for i in range(_FINGERPRINT_ROWS + 1) if num_tokens}))
 
 
 def _rotate(keys: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:

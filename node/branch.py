@@ -63,17 +63,27 @@ class Branch:
 
     def __init__(self, model: VisionLanguageModel, memory: StreamMemory, snapshot: Snapshot, scratch: Scratch) -> None:
         self.memory = memory
-        self.snapshot = snapshot
+        self.reading = memory.read(snapshot)
         self.next_position = snapshot.layout.next_position
         self.num_own = 0
         self._model = model
         self._scratch = scratch
-        self._fingerprint = memory.fingerprint(snapshot)
         self._slot = scratch.take()  # last: nothing after it can fail and keep the slot
 
     def close(self) -> None:
-        """Give the slot back."""
+        """Give the slot back, and let go of the memory's rows."""
         self._scratch.give_back(self._slot)
+        self.memory.end_reading(self.reading)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What is left of the one that it began with."""
+        return self.reading.snapshot
+
+    @property
+    def reads(self) -> list[Extent]:
+        """All rows of the memory that it sees."""
+        return [self.memory.extent(self.snapshot), *self.reading.aside]
 
     def prefill(self, span: Span) -> Tensor:
         """Append a span to the branch; returns the logits (vocabulary,) of the token after it.
@@ -84,7 +94,7 @@ class Branch:
         logits = self._step_of(span)
         if logits is None:
             start = self._slot.start + self.num_own
-            memory = Prefill([self.memory.extent(self.snapshot), self.own], (self._slot.arena, start))
+            memory = Prefill([*self.reads, self.own], (self._slot.arena, start))
             logits = self._model.logits(self._model.read(span, memory)[-1])
         self.num_own += len(span)
         self.next_position = span.next_position
@@ -93,7 +103,7 @@ class Branch:
     def _step_of(self, span: Span) -> Tensor | None:
         """Prefill a span as one captured step; None if there is none for it."""
         steps = self._scratch.steps
-        if steps is None or span.visual.any():
+        if steps is None or span.visual.any() or self.reading.aside:
             return None
         positions = span.positions[0].tolist()  # text has one position on all axes
         memory, own = self.memory.extent(self.snapshot), self.own
@@ -105,7 +115,7 @@ class Branch:
 
     def prefill_unseen(self, span: Span) -> Tensor:
         """Start the branch over with a span that sees nothing of the memory; returns logits like `prefill`."""
-        self.snapshot, self.num_own = Snapshot(), 0
+        self.reading.snapshot, self.reading.aside, self.num_own = Snapshot(), (), 0
         return self.prefill(span)
 
     def continuations(self, ids: np.ndarray, targets: np.ndarray) -> Tensor:
@@ -114,7 +124,7 @@ class Branch:
         ids and targets (batch, n), padded on the right. All see the branch as it is; none is written.
         """
         positions = self.next_position + np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-        memory = Prefill([self.memory.extent(self.snapshot), self.own])
+        memory = Prefill([*self.reads, self.own])
         hidden = self._model.read_batch(ids, np.ascontiguousarray(positions), memory)
         wanted = torch.from_numpy(np.ascontiguousarray(targets)).to(hidden.device)
         scores = [
@@ -135,7 +145,7 @@ class Branch:
         position = self.next_position
         self.num_own += 1
         self.next_position += 1
-        return Row(token, position, self.memory.extent(self.snapshot), self.own)
+        return Row(token, position, self.memory.extent(self.snapshot), self.own, self.reading.aside)
 
     @property
     def steps(self) -> Steps | None:
@@ -164,7 +174,7 @@ class Branch:
 
     def provenance(self, snapshot: Snapshot) -> Provenance:
         """What was known at a snapshot, and the proof that it is as it was when this branch began."""
-        after = self.memory.fingerprint(snapshot)
+        after = self.memory.fingerprint(self.reading)
         assert snapshot.oldest_ns is not None and snapshot.newest_ns is not None
         assert snapshot.newest_seq is not None
         return Provenance(
@@ -180,7 +190,7 @@ class Branch:
             num_forgotten_chunks=snapshot.forgotten.num_chunks,
             num_forgotten_frames=snapshot.forgotten.num_frames,
             seconds_forgotten=snapshot.forgotten.elapsed_ns / 1e9,
-            fingerprint_before=self._fingerprint,
+            fingerprint_before=self.reading.fingerprint,
             fingerprint_after=after,
-            unchanged=after == self._fingerprint,
+            unchanged=after == self.reading.fingerprint,
         )

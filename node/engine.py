@@ -133,8 +133,7 @@ class Engine:
         self._meter = VramMeter(model.device)
         self._memories: dict[str, StreamMemory] = {}
         self._chunks: dict[str, deque[tuple[Chunk, Future[Encoded]]]] = {}
-        # Streams whose questions wait for their next chunk: it must forget, and they were read when it came, or they
-        # hold nothing yet.
+        # Streams whose questions wait for their next chunk: it must wait for those who read, or they hold nothing yet.
         self._pinned: set[str] = set()
         self._uploader = Uploader(model.device) if model.device.type == "cuda" else None
         self._ahead: Upload | None = None  # the next chunk's pictures
@@ -556,13 +555,14 @@ class Engine:
         return next((name for name, chunks in self._chunks.items() if chunks and not self._waits(name)), None)
 
     def _waits(self, stream: str) -> bool:
-        return stream in self._pinned and self._is_read(self._memories[stream])
+        return stream in self._pinned and self._memories[stream].is_read
 
     def _encode_next(self) -> None:
         """Encode the next chunk; streams take turns."""
         stream = self._next_stream()
         assert stream is not None, "no chunk can be encoded"
-        if self._must_wait(stream, self._chunks[stream][0][0]):
+        if self._memories[stream].must_wait(self._chunks[stream][0][0]):
+            # The answers that run are done soon, and none begins before the chunk is encoded.
             self._pinned.add(stream)
             return
         chunk, future = self._chunks[stream].popleft()
@@ -602,18 +602,6 @@ class Engine:
             return None
         upload, self._ahead = self._ahead, None
         return upload
-
-    def _must_wait(self, stream: str, chunk: Chunk) -> bool:
-        """Whether the memory must forget for a chunk while answers read it: rows may not move under them.
-
-        Those that run are done soon, and none begins before the chunk is encoded. What the memory comes to hold is
-        then the same as if nobody had asked, bit for bit.
-        """
-        memory = self._memories[stream]
-        return self._is_read(memory) and memory.must_forget(chunk)
-
-    def _is_read(self, memory: StreamMemory) -> bool:
-        return any(question.branch is not None and question.branch.memory is memory for question in self._running)
 
     def _refuse_queued(self, stream: str, reason: str, message: str) -> None:
         chunks = self._chunks[stream]

@@ -196,19 +196,21 @@ class Ledger:
         if unchanged is not None and now.newest_ns is not None and unchanged.stream_ns == now.newest_stream_ns:
             self.now = replace(now, seen_until_ns=unchanged.until_ns)
 
-    def forget(self, keep: Sequence[int]) -> None:
+    def forget(self, keep: Sequence[int], held: Sequence[Snapshot] = ()) -> list[Snapshot]:
         """Note that the records at the places `keep`, ascending, are all that is left, moved down to follow the anchor.
 
-        Marks are of what is left of them.
+        Marks are of what is left of them. Returns what is left of snapshots that are `held` elsewhere.
         """
         before, first_token = self._records, self.now.num_anchor
         after: list[ChunkRecord] = []
         for place in keep:
             after.append(replace(before[place], first_token=first_token))
             first_token += before[place].num_tokens
+        left = [_left_of(snapshot, before, after, keep) for snapshot in held]
         self.now = _left_of(self.now, before, after, keep)
         self._marks = {name: _left_of(mark, before, after, keep) for name, mark in self._marks.items()}
         self._records = after
+        return left
 
     def rebase(self, rebase: Rebase, rebased: Callable[[LayoutState, Rebase], LayoutState]) -> None:
         """Note that all positions after the anchor have moved; `rebased` moves a layout's state."""

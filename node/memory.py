@@ -12,7 +12,7 @@ import torch
 from msgspec import UNSET, UnsetType
 
 from ..protocol.messages import CacheInfo, Footprint, MemoryLimit, or_unset
-from .arena import Arena, Extent, Turn
+from .arena import Arena, Extent, Turn, sampled
 from .chunk import Chunk, ChunkRefused, Encoded
 from .forecast import footprint_of
 from .layout import LAYOUTS, LayoutState, Patches, Rebase, Span
@@ -21,13 +21,15 @@ from .model import Between, VisionLanguageModel
 from .options import StreamOptions
 from .passes import Prefill
 from .preprocess import encode_size
+from .reading import Reading
 from .retention import POLICIES
 from .token_drop import TokenDrop
 from .upload import Upload
 
 logger = logging.getLogger(__name__)
 
-_FREED_SHARE = 8  # a memory that forgets frees an 8th at a time, so that rows move seldom
+_RESERVED_SHARE = 8  # of a memory that forgets: for what is forgotten while somebody reads it
+_FREED_SHARE = 16  # and what it frees at a time: rows move seldom, and most often the reserve holds two times as much
 _FREED_POSITIONS_SHARE = 4  # and of its positions a 4th at least: in bfloat16, many rotations cost accuracy
 
 
@@ -36,8 +38,9 @@ class StreamMemory:
 
     A chunk is written to rows that nobody reads yet and counts only once all layers have it: whatever fails
     on the way leaves the memory as it was, less what was forgotten for it. Forgetting moves the chunks that stay
-    down to those before them: their keys and values keep their bits and their positions, and nobody may be reading
-    meanwhile. What is forgotten, and when, follows from the chunks alone.
+    down to those before them: their keys and values keep their bits and their positions. What is being read goes
+    aside, to rows reserved for it; a chunk waits only if these do not suffice, or if keys must rotate. What is
+    forgotten, and when, follows from the chunks alone, whoever reads.
     """
 
     def __init__(self, model: VisionLanguageModel, options: StreamOptions) -> None:
@@ -59,6 +62,9 @@ class StreamMemory:
         self._num_forgotten_frames = 0  # not told yet with a chunk
         self._model = model
         self._arena = _reserve(model, capacity)
+        self._readings: list[Reading] = []
+        goes_on = self._retention.forgets and not self._retention.starts_over
+        self._max_tokens = capacity - (capacity // _RESERVED_SHARE if goes_on else 0)
 
     @property
     def now(self) -> Snapshot:
@@ -68,9 +74,27 @@ class StreamMemory:
         """The rows that hold a snapshot."""
         return self._arena.extent(0, snapshot.num_tokens)
 
-    def fingerprint(self, snapshot: Snapshot) -> str:
-        """A digest over sampled rows of a snapshot; see `Arena.fingerprint`."""
-        return self._arena.fingerprint(snapshot.num_tokens)
+    # Reading
+
+    def read(self, snapshot: Snapshot) -> Reading:
+        """Keep the rows of a snapshot until `end_reading`."""
+        rows = sampled(snapshot.num_tokens)
+        reading = Reading(snapshot, rows, self._arena.fingerprint(rows))
+        self._readings.append(reading)
+        return reading
+
+    def end_reading(self, reading: Reading) -> None:
+        self._readings.remove(reading)
+
+    @property
+    def is_read(self) -> bool:
+        return bool(self._readings)
+
+    def fingerprint(self, reading: Reading) -> str:
+        """A digest over its sampled rows as they are now; see `Arena.fingerprint`."""
+        return self._arena.fingerprint(reading.sampled)
+
+    # Growing
 
     def append(self, chunk: Chunk, upload: Upload | None = None, between: Between | None = None) -> Encoded:
         """Encode a chunk into the memory, which may forget others for it, or raise ChunkRefused.
@@ -88,6 +112,7 @@ class StreamMemory:
             self._make_room(span)
             span, layout = self.layout.extend(self.now.layout, patches)  # which stands elsewhere if positions moved
         now, drop = self.now, self._drop
+        assert now.num_tokens + len(span) <= self._top, "rows would be written that somebody reads"
         grid = (patches.height, patches.width)
         sift = None if drop is None else partial(drop.sift, grid=grid, number=now.num_seen)
         try:
@@ -139,7 +164,7 @@ class StreamMemory:
         now, model = self.now, self._model
         return CacheInfo(
             num_tokens=now.num_tokens,
-            capacity_tokens=self._arena.capacity,
+            capacity_tokens=self._max_tokens,
             logical_bytes=self._arena.logical_bytes(now.num_tokens),
             resident_bytes=self._arena.resident_bytes,
             bytes_per_token=model.kv_shape.bytes_per_token,
@@ -172,7 +197,7 @@ class StreamMemory:
 
     def _seconds_of_memory(self) -> float | UnsetType:
         """How much of the stream is there without a gap once it is full, at the present pace."""
-        num_tokens = self._arena.capacity - self.now.num_anchor
+        num_tokens = self._max_tokens - self.now.num_anchor
         return self._seconds_for(num_tokens * self._retention.whole_share, 0)
 
     def _seconds_for(self, num_tokens: float, position: int) -> float | UnsetType:
@@ -188,14 +213,37 @@ class StreamMemory:
     # Forgetting
 
     def must_forget(self, chunk: Chunk) -> bool:
-        """Whether `append` of this chunk would forget others, and so must not come while somebody reads."""
-        if not self._retention.forgets:
+        """Whether `append` of this chunk would forget others."""
+        plan = self._plan_of(chunk) if self._retention.forgets else None
+        return plan is not None and plan[2]
+
+    def must_wait(self, chunk: Chunk) -> bool:
+        """Whether `append` of this chunk would write rows that somebody reads, which it must not."""
+        plan = self._plan_of(chunk) if self._readings and self._retention.forgets else None
+        if plan is None:
             return False
+        (span, _, must_forget), num_gone = plan, 0
+        if must_forget:
+            if self._retention.starts_over or span.next_position > self._model.max_positions:
+                return True
+            records = self.ledger.records
+            num_gone = self.now.num_tokens - self.now.num_anchor - sum(records[i].num_tokens for i in self._stay(span))
+        # What goes aside is copied to rows that are free, and then the chunk takes the place of it.
+        return self.now.num_tokens + max(num_gone, len(span)) > self._top
+
+    @property
+    def _top(self) -> int:
+        """The first of the rows put aside: the memory itself ends below it."""
+        return min(
+            (extent.start for reading in self._readings for extent in reading.aside), default=self._arena.capacity
+        )
+
+    def _plan_of(self, chunk: Chunk) -> tuple[Span, LayoutState, bool] | None:
+        """What `append` of a chunk will do; None if it will refuse it."""
         try:
-            size = self._encode_size(chunk)
-            return self._plan(_patches(chunk, self._model.geometry.grid(size)))[2]
+            return self._plan(_patches(chunk, self._model.geometry.grid(self._encode_size(chunk))))
         except ChunkRefused:
-            return False
+            return None
 
     def _make_room(self, span: Span) -> None:
         """Forget for the tokens of a chunk, which the memory can hold, and give positions back if they end."""
@@ -206,9 +254,7 @@ class StreamMemory:
                 self._retain_kept()
                 return
             if len(span) > self._room:
-                num_free = max(len(span), self._arena.capacity // _FREED_SHARE)
-                max_tokens = max(0, self._arena.capacity - self.now.num_anchor - num_free)
-                self._keep(self._retention.keep(self.ledger.records, max_tokens))
+                self._keep(self._stay(span))
             if span.next_position > self._model.max_positions:
                 self._rebase(span)
         except torch.OutOfMemoryError as error:
@@ -216,11 +262,26 @@ class StreamMemory:
         finally:
             self._num_forgotten_frames += num_frames - self.now.num_frames
 
+    def _stay(self, span: Span) -> list[int]:
+        """Places of the chunks that stay once there is room for the tokens of another."""
+        num_free = max(len(span), self._arena.capacity // _FREED_SHARE)
+        return self._retention.keep(self.ledger.records, max(0, self._max_tokens - self.now.num_anchor - num_free))
+
     def _keep(self, keep: Sequence[int]) -> None:
-        """Forget all chunks but those at the places `keep`, ascending."""
+        """Forget all chunks but those at the places `keep`, ascending; what is read of the others goes aside."""
         records, num_anchor = self.ledger.records, self.now.num_anchor
-        self._arena.gather(*_moved([records[place] for place in keep], num_anchor))
-        self.ledger.forget(keep)
+        kept = _rows([records[place] for place in keep], num_anchor)
+        num_read = max((reading.snapshot.num_tokens for reading in self._readings), default=0)
+        gone = np.setdiff1d(np.arange(num_read), kept)
+        aside = self._arena.extent(self._top - len(gone), self._top)
+        self._arena.gather(gone, aside.start)
+        still = int((kept == np.arange(len(kept))).cumprod().sum())
+        self._arena.gather(kept[still:], still)
+        left = self.ledger.forget(keep, [reading.snapshot for reading in self._readings])
+        places = np.arange(self._arena.capacity)
+        places[kept], places[gone] = np.arange(len(kept)), np.arange(aside.start, aside.stop)
+        for reading, snapshot in zip(self._readings, left, strict=True):
+            reading.move(places, gone, aside, snapshot)
         self._retain_kept()
 
     def _rebase(self, span: Span) -> None:
@@ -288,11 +349,11 @@ class StreamMemory:
 
     @property
     def _room(self) -> int:
-        return self._arena.capacity - self.now.num_tokens
+        return self._max_tokens - self.now.num_tokens
 
     def _check_room(self, num_tokens: int) -> None:
         """Raise ChunkRefused for what has no room, forget what one may."""
-        retention, capacity, room = self._retention, self._arena.capacity, self._room
+        retention, capacity, room = self._retention, self._max_tokens, self._room
         if retention.forgets:
             room = capacity if retention.starts_over else capacity - self.now.num_anchor
         if num_tokens > room:
@@ -329,12 +390,10 @@ def _release_cached(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _moved(records: list[ChunkRecord], to: int) -> tuple[np.ndarray, int]:
-    """Rows of records that are to follow each other from row `to` on, and where the first goes that must move."""
-    while records and records[0].first_token == to:
-        to += records.pop(0).num_tokens
+def _rows(records: list[ChunkRecord], num_anchor: int) -> np.ndarray:
+    """Rows of the anchor and of records."""
     rows = [np.arange(record.first_token, record.first_token + record.num_tokens) for record in records]
-    return np.concatenate([np.empty(0, np.int64), *rows]), to
+    return np.concatenate([np.arange(num_anchor), *rows])
 
 
 def _patches(chunk: Chunk, grid: tuple[int, int]) -> Patches:

@@ -52,6 +52,7 @@ class Place(NamedTuple):
 
     memory: Extent
     own: Extent  # up to and including the row that this step writes
+    aside: tuple[Extent, ...] = ()  # what the stream has forgotten since the question, but not for it
 
 
 class DecodeStep(MemoryPass):
@@ -92,6 +93,10 @@ class DecodeStep(MemoryPass):
         partials = [attend_shared(query, *memories[0].arena.extent(0, shared).rows(layer), scale)]
         if any(memory.stop > shared for memory in memories):
             partials.append(self._attend_tails(layer, query, memories, shared, scale))
+        aside = [{extent.start: extent for extent in self._places[row].aside} for row in rows]
+        for start in sorted({start for extents in aside for start in extents}):
+            tails = [extents.get(start, memories[0]._replace(start=start, stop=start)) for extents in aside]
+            partials.append(self._attend_tails(layer, query, tails, start, scale))
         return partials
 
     def _attend_tails(self, layer: int, query: Tensor, memories: list[Extent], shared: int, scale: float) -> Partial:

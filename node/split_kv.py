@@ -32,6 +32,7 @@ class Row(NamedTuple):
     position: int
     memory: Extent  # from the start of a stream's arena; may be empty
     own: Extent  # of the scratch, up to and including the token's own row
+    aside: tuple[Extent, ...] = ()  # further rows of the stream's arena; no captured step reads any
 
 
 class _Tile(NamedTuple):

@@ -119,7 +119,7 @@ class Steps:
 
     def decode(self, rows: Sequence[Row]) -> Tensor | None:
         """Logits (num_rows, vocabulary) after each row, valid until the next step; None if there is no such step."""
-        step = _first_that_fits(self._decode, len(rows))
+        step = None if any(row.aside for row in rows) else _first_that_fits(self._decode, len(rows))
         return None if step is None else step.run(rows, range(len(rows)))
 
     def question(self, rows: Sequence[Row]) -> Tensor | None:

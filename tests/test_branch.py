@@ -57,7 +57,7 @@ def test_closing_gives_the_slot_back(model: DirectedModel, stream: StreamMemory)
 
 def test_a_branch_that_cannot_be_opened_holds_no_slot(model: DirectedModel, stream: StreamMemory):
     class Unreadable:
-        def fingerprint(self, snapshot: object) -> str:
+        def read(self, snapshot: object) -> None:
             raise RuntimeError("the device is gone")
 
     scratch = Scratch(model.kv_shape, 1, 64)

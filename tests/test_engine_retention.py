@@ -1,4 +1,4 @@
-"""Forgetting while questions are answered: nothing that is being read moves, and nobody waits for ever."""
+"""Forgetting while questions are answered: what is being read goes aside, and nobody waits for ever."""
 
 import time
 from collections.abc import Iterator
@@ -113,10 +113,33 @@ def test_an_answer_that_reads_while_forgetting_is_due_is_the_one_it_would_have_b
     assert engine.cache_info("front").num_forgotten_frames > 0
 
 
-def test_new_questions_wait_until_the_chunk_is_encoded_that_makes_the_memory_forget(
-    engine: Engine, model: DirectedModel
+@pytest.mark.parametrize("retention", ["window", "thin"])
+def test_neither_chunks_nor_new_questions_wait_for_an_answer_that_reads_what_is_forgotten(
+    engine: Engine, model: DirectedModel, retention: str
 ):
-    add(engine, model, "window", 160)
+    add(engine, model, retention, 400)
+    encode(engine, range(0, 150, 2))  # the first time, thinning frees more than is reserved for readers
+    seq = 150
+    while not the_memory(engine).must_forget(chunk(seq)):
+        engine.encode("front", chunk(seq)).result(WAIT_S)
+        seq += 2
+    order: list[str] = []
+    model.hold()
+    running = ask(engine, 60)
+    model.wait_until_held()
+    due, late = engine.encode("front", chunk(seq)), ask(engine, 2)
+    for name, future in (("running", running), ("due", due), ("late", late)):
+        future.add_done_callback(lambda _, name=name: order.append(name))
+    model.let_go()
+    assert due.result(WAIT_S).num_forgotten_frames > 0 and late.result(WAIT_S).memory.unchanged
+    assert running.result(WAIT_S).memory.unchanged
+    assert running.result().memory.num_forgotten_frames < engine.cache_info("front").num_forgotten_frames
+    until(lambda: len(order) == 3)
+    assert order[-1] == "running"
+
+
+def test_new_questions_wait_for_a_chunk_that_waits_for_answers(engine: Engine, model: DirectedModel):
+    add(engine, model, "reset", 160)
     seq = 0
     while not the_memory(engine).must_forget(chunk(seq)):
         engine.encode("front", chunk(seq)).result(WAIT_S)
@@ -131,6 +154,7 @@ def test_new_questions_wait_until_the_chunk_is_encoded_that_makes_the_memory_for
     late = [ask(engine, 2) for _ in range(4)]
     for name, future in (("running", running), ("due", due), *(("late", question) for question in late)):
         future.add_done_callback(lambda _, name=name: order.append(name))
+    assert not running.done()
     answers = [running.result(WAIT_S), *(question.result(WAIT_S) for question in late)]
     until(lambda: len(order) == 6)
     assert order == ["running", "due", "late", "late", "late", "late"]
@@ -139,7 +163,7 @@ def test_new_questions_wait_until_the_chunk_is_encoded_that_makes_the_memory_for
 
 
 def test_a_stream_that_need_not_forget_is_asked_while_another_one_waits(engine: Engine, model: DirectedModel):
-    add(engine, model, "window", 70)
+    add(engine, model, "reset", 70)
     add(engine, model, "stop", 500, "other")
     encode(engine, range(0, 4, 2), "other")
     seq = 0
@@ -160,7 +184,7 @@ def test_a_stream_that_need_not_forget_is_asked_while_another_one_waits(engine: 
 
 @pytest.mark.parametrize("how", ["cancel", "reset", "remove"])
 def test_what_waits_to_forget_goes_on_however_the_reader_ends(engine: Engine, model: DirectedModel, how: str):
-    add(engine, model, "window", 70)
+    add(engine, model, "reset", 70)
     seq = 0
     while not the_memory(engine).must_forget(chunk(seq)):
         engine.encode("front", chunk(seq)).result(WAIT_S)

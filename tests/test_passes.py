@@ -61,8 +61,11 @@ class Table:
 
     def expected(self, i: int, layer: int = 1) -> Tensor:
         """Attention of one answer over all it sees, in float64, (1, heads, head_dim)."""
-        memory, own = self.places[i]
-        parts = [memory.rows(layer), Extent(own.arena, own.start, own.stop - 1).rows(layer)]
+        memory, own, aside = self.places[i]
+        parts = [
+            *(extent.rows(layer) for extent in (memory, *aside)),
+            Extent(own.arena, own.start, own.stop - 1).rows(layer),
+        ]
         newest = self.key[i].transpose(0, 1), self.value[i].transpose(0, 1)
         key, value = (torch.cat(x).double().transpose(0, 1) for x in zip(*parts, newest, strict=True))
         key, value = (x.repeat_interleave(HEADS // KV_HEADS, dim=0) for x in (key, value))
@@ -85,6 +88,16 @@ def test_the_order_of_the_answers_is_kept(case: list[tuple[int, int, int]]):
     forward = Table(case).step(range(len(case)))
     backward = Table(case).step(range(len(case) - 1, -1, -1))
     assert (forward - backward.flip(0)).abs().max() <= 1e-5
+
+
+def test_an_answer_sees_what_was_put_aside_for_it_as_well():
+    table = Table([(0, 10, 1), (0, 10, 3), (0, 14, 2), (1, 5, 2)])
+    stream = table.streams[0]
+    for i, aside in enumerate([(stream.extent(30, 34),), (stream.extent(24, 27), stream.extent(30, 32))]):
+        table.places[i] = table.places[i]._replace(aside=aside)
+    together = table.step(range(4))
+    for i in range(4):
+        assert (together[i] - table.expected(i)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -55,7 +55,7 @@ class ShortSighted(DirectedModel):
         return plain * cos[0][:, None] + torch.cat([-b, a], dim=-1) * sin[0][:, None]
 
 
-def memory(model: VisionLanguageModel, retention: str = "window", layout: str = "native", num_tokens: int = 90):
+def memory(model: VisionLanguageModel, retention: str = "window", layout: str = "native", num_tokens: int = 120):
     options = StreamOptions(
         "front",
         chunk_frames=2,

@@ -10,8 +10,10 @@ from checkpoints import FAMILIES, Checkpoints
 from onlooker.node import verify as verify_module
 from onlooker.node.arena import Arena
 from onlooker.node.layout import LAYOUTS, LayoutState, NativeLayout, Patches, Span
+from onlooker.node.ledger import Snapshot
 from onlooker.node.memory import StreamMemory
 from onlooker.node.native_answers import Compared
+from onlooker.node.reading import Reading
 from onlooker.node.verify import Check, main, verify, verify_answers
 from onlooker.tools.report import page_of
 
@@ -44,13 +46,13 @@ def test_positions_that_are_one_off_are_found(checkpoints: Checkpoints, monkeypa
 
 
 def test_a_question_that_writes_one_value_is_found(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
-    sound = StreamMemory.fingerprint
+    sound = StreamMemory.read
 
-    def touching(self: StreamMemory, snapshot) -> str:
+    def touching(self: StreamMemory, snapshot: Snapshot) -> Reading:
         self._arena.values[1][0, 0, 0] += 1e-6
         return sound(self, snapshot)
 
-    monkeypatch.setattr(StreamMemory, "fingerprint", touching)
+    monkeypatch.setattr(StreamMemory, "read", touching)
     assert "no trace, K and V that differ" in missed(list(verify(checkpoints.model("qwen2_vl"))))
 
 

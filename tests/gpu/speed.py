@@ -357,7 +357,7 @@ class Bench:
         for num in (1, 8):
             branches = [Branch(model, self.memory, self.memory.now, self.scratch) for _ in range(num)]
             for branch in branches:
-                branch.snapshot = Snapshot(num_tokens=HISTORY)
+                branch.reading.snapshot = Snapshot(num_tokens=HISTORY)
                 branch.num_own = 40
 
             def step(branches: list[Branch] = branches) -> None:
@@ -432,7 +432,7 @@ class Bench:
         what = vision.Vision(seen, [seen] * deepstack or None)
         self.profile("prefill", lambda: model.read(span, Prefill([arena.extent(0, HISTORY)], (arena, HISTORY)), what))
         branch = Branch(model, self.memory, self.memory.now, self.scratch)
-        branch.snapshot = Snapshot(num_tokens=HISTORY)
+        branch.reading.snapshot = Snapshot(num_tokens=HISTORY)
         branch.num_own = 40
         self.profile("decode", lambda: decode_tokens(model, [(100, branch)]))
         branch.close()
