@@ -1,5 +1,6 @@
 """Positions that come back: what is kept stands where a shorter stream would have put it, and the stream goes on."""
 
+from collections.abc import Callable
 from copy import copy
 from itertools import pairwise
 
@@ -39,9 +40,11 @@ class ShortSighted(DirectedModel):
     def max_positions(self) -> int:
         return self._horizon
 
-    def read(self, span: Span, memory: MemoryPass, vision: Vision | None = None) -> Tensor:
+    def read(
+        self, span: Span, memory: MemoryPass, vision: Vision | None = None, between: Callable[[], None] | None = None
+    ) -> Tensor:
         self.seen.append((span.positions, []))
-        return super().read(span, memory, vision)
+        return super().read(span, memory, vision, between)
 
     def _before(self, x: Tensor, cos: Tensor, sin: Tensor, weights: AttentionWeights) -> tuple[Tensor, Tensor, Tensor]:
         plain = before_attention(x, torch.ones_like(cos), torch.zeros_like(sin), weights)[1]
