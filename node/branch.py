@@ -18,6 +18,7 @@ from .model import VisionLanguageModel
 from .passes import Prefill
 from .split_kv import Row
 from .steps import Steps, captured_steps
+from .time_ranges import time_ranges
 
 LOGITS_AT_ONCE = 256  # rows over the whole vocabulary, in float32: 156 MB at 152 thousand tokens
 
@@ -190,6 +191,7 @@ class Branch:
             num_forgotten_chunks=snapshot.forgotten.num_chunks,
             num_forgotten_frames=snapshot.forgotten.num_frames,
             seconds_forgotten=snapshot.forgotten.elapsed_ns / 1e9,
+            ranges=time_ranges(self.reading.records, snapshot),
             fingerprint_before=self.reading.fingerprint,
             fingerprint_after=after,
             unchanged=after == self.reading.fingerprint,

@@ -49,12 +49,18 @@ class Forgotten:
     num_chunks: int = 0
     num_frames: int = 0
     elapsed_ns: int = 0
+    from_ns: int | None = None  # time of the oldest of these frames, as published
+    until_ns: int | None = None  # and of the newest
 
     def plus(self, records: Sequence[ChunkRecord]) -> "Forgotten":
+        from_ns = [] if self.from_ns is None else [self.from_ns]
+        until_ns = [] if self.until_ns is None else [self.until_ns]
         return Forgotten(
             self.num_chunks + len(records),
             self.num_frames + sum(record.num_frames for record in records),
             self.elapsed_ns + sum(record.elapsed_ns for record in records),
+            min([*from_ns, *(record.first_ns for record in records)], default=None),
+            max([*until_ns, *(record.last_ns for record in records)], default=None),
         )
 
 

@@ -79,7 +79,8 @@ class StreamMemory:
     def read(self, snapshot: Snapshot) -> Reading:
         """Keep the rows of a snapshot until `end_reading`."""
         rows = sampled(snapshot.num_tokens)
-        reading = Reading(snapshot, rows, self._arena.fingerprint(rows))
+        records = self.ledger.records[: snapshot.num_chunks]
+        reading = Reading(snapshot, rows, self._arena.fingerprint(rows), records)
         self._readings.append(reading)
         return reading
 

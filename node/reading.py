@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arena import Extent
-from .ledger import Snapshot
+from .ledger import ChunkRecord, Snapshot
 
 
 @dataclass(slots=True, eq=False)
@@ -18,6 +18,7 @@ class Reading:
     snapshot: Snapshot  # what is left of the one that the reading began with
     sampled: np.ndarray  # rows of the fingerprint
     fingerprint: str  # of them when the reading began
+    records: tuple[ChunkRecord, ...]  # that it held then
     aside: tuple[Extent, ...] = ()
 
     def move(self, places: np.ndarray, gone: np.ndarray, aside: Extent, left: Snapshot) -> None:

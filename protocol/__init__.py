@@ -35,6 +35,7 @@ from .messages import (
     StageTimings,
     StreamSpec,
     StreamStats,
+    TimeRange,
     Vram,
 )
 from .sockets import ASK_ENDPOINT, CONTROL_ENDPOINT, FRAMES_ENDPOINT, TELEMETRY_ENDPOINT
@@ -77,6 +78,7 @@ __all__ = [
     "StreamStats",
     "TelemetryRecord",
     "TelemetrySubscriber",
+    "TimeRange",
     "VideoMemory",
     "Vram",
 ]

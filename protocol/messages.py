@@ -34,6 +34,7 @@ RateHz = Annotated[float, Meta(gt=0, le=1e6)]
 GreyLevels = Annotated[float, Meta(ge=0, le=255)]
 Similarity = Annotated[float, Meta(ge=0, le=1)]
 TimeKind = Literal["capture", "publish", "receive", "media"]
+KnownAs = Literal["whole", "dropped", "thinned", "forgotten"]  # how well a memory knows a time range
 RetentionName = Literal["stop", "reset", "window", "thin"]  # what a full memory does
 MemoryLimit = Literal["memory", "positions"]  # what ends a memory: its bytes, or the positions of its model
 
@@ -142,6 +143,19 @@ class AskChoice(Message, frozen=True, kw_only=True):
 # ------------------------------------------------------------------------------------ ask: reply data
 
 
+class TimeRange(Message, frozen=True, kw_only=True):
+    """How well a memory knows a stretch of time, as publishers wrote it.
+
+    `whole`: all of its frames; `dropped`: all, less tokens that said nothing new; `thinned`: frames here and there;
+    `forgotten`: none.
+    """
+
+    from_ns: int
+    until_ns: int
+    known: KnownAs
+    num_frames: int  # in the memory
+
+
 class Provenance(Message, frozen=True, kw_only=True):
     """What the answer knows, and the proof that asking left no trace.
 
@@ -161,6 +175,7 @@ class Provenance(Message, frozen=True, kw_only=True):
     num_forgotten_chunks: int = 0  # of those encoded up to here, to make room
     num_forgotten_frames: int = 0
     seconds_forgotten: float = 0.0
+    ranges: list[TimeRange] = []  # what is known of which time, old to new; at most 16, the oldest are merged
     fingerprint_before: str
     fingerprint_after: str
     unchanged: bool

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Annotated
 
 import msgspec
@@ -236,8 +237,15 @@ def knowledge_text(memory: Provenance) -> str:
     same = ""
     if isinstance(memory.seen_until_ns, int):
         same = f", and nothing new until {time_text(memory.seen_until_ns, memory.ts_kind)}"
-    gone = f", {memory.num_forgotten_frames} forgotten" if memory.num_forgotten_frames else ""
+    gone = f", {memory.num_forgotten_frames} forgotten{_gaps_text(memory)}" if memory.num_forgotten_frames else ""
     return f"knew {memory.num_frames} frames of {span}, the newest of {newest}{same} ({memory.num_tokens} tokens){gone}"
+
+
+def _gaps_text(memory: Provenance) -> str:
+    """Until when the memory is not whole."""
+    ends = [list(alike)[-1] for _, alike in groupby(memory.ranges, lambda r: r.known)]
+    texts = [f"{r.known} until {time_text(r.until_ns, memory.ts_kind)}" for r in ends if r.known != "whole"]
+    return f": {', '.join(texts)}" if texts else ""
 
 
 def timing_text(timing: AnswerTiming) -> str:
