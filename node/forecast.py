@@ -11,6 +11,7 @@ from .layout import LAYOUTS, LayoutState, Patches
 from .model import VisionLanguageModel
 from .options import StreamOptions
 from .preprocess import encode_size
+from .retention import POLICIES
 
 _NS = 1_000_000_000
 _SMALL_PICTURE = (16, 9)  # pixels: as small as pictures get, so that the bounds alone say how they are encoded
@@ -19,7 +20,7 @@ _LARGE_PICTURE = (16 << 12, 9 << 12)
 
 def forecast(model: VisionLanguageModel, options: StreamOptions) -> Forecast:
     """Foretell a stream. Raises NodeError TOO_LARGE if its memory cannot hold one chunk of the smallest pictures."""
-    capacity = options.memory_bytes // model.kv_shape.bytes_per_token
+    capacity = POLICIES[options.retention].max_tokens(options.memory_bytes // model.kv_shape.bytes_per_token)
     least = footprint_of(model, options, _size(model, options, _SMALL_PICTURE))
     if fit(least, capacity, options.fps).num_chunks == 0:
         raise _too_small(options, least)

@@ -28,8 +28,7 @@ from .upload import Upload
 
 logger = logging.getLogger(__name__)
 
-_RESERVED_SHARE = 8  # of a memory that forgets: for what is forgotten while somebody reads it
-_FREED_SHARE = 16  # and what it frees at a time: rows move seldom, and most often the reserve holds two times as much
+_FREED_SHARE = 16  # of its rows a memory frees at a time: they move seldom, and the reserve mostly holds twice as much
 _FREED_POSITIONS_SHARE = 4  # and of its positions a 4th at least: in bfloat16, many rotations cost accuracy
 
 
@@ -63,8 +62,7 @@ class StreamMemory:
         self._model = model
         self._arena = _reserve(model, capacity)
         self._readings: list[Reading] = []
-        goes_on = self._retention.forgets and not self._retention.starts_over
-        self._max_tokens = capacity - (capacity // _RESERVED_SHARE if goes_on else 0)
+        self._max_tokens = self._retention.max_tokens(capacity)
 
     @property
     def now(self) -> Snapshot:

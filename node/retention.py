@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
+_RESERVED_SHARE = 8
+
 
 class Held(Protocol):
     """What a policy is told of a chunk that is in the memory."""
@@ -23,6 +25,10 @@ class Retention(ABC):
     forgets: ClassVar[bool] = True
     starts_over: ClassVar[bool] = False  # nothing stays, not even the opening of the prompt
     whole_share: ClassVar[float] = 1.0  # of a full memory: the newest part, of which nothing was forgotten
+
+    def max_tokens(self, capacity: int) -> int:
+        """How many of a memory's rows chunks may take; the others are for what is forgotten while somebody reads it."""
+        return capacity - (capacity // _RESERVED_SHARE if self.forgets and not self.starts_over else 0)
 
     @abstractmethod
     def keep(self, chunks: Sequence[Held], max_tokens: int) -> list[int]:
