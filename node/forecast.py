@@ -20,7 +20,8 @@ _LARGE_PICTURE = (16 << 12, 9 << 12)
 
 def forecast(model: VisionLanguageModel, options: StreamOptions) -> Forecast:
     """Foretell a stream. Raises NodeError TOO_LARGE if its memory cannot hold one chunk of the smallest pictures."""
-    capacity = POLICIES[options.retention].max_tokens(options.memory_bytes // model.kv_shape.bytes_per_token)
+    retention = POLICIES[options.retention]
+    capacity = retention.max_tokens(options.memory_bytes // model.kv_shape.bytes_per_token)
     least = footprint_of(model, options, _size(model, options, _SMALL_PICTURE))
     if fit(least, capacity, options.fps).num_chunks == 0:
         raise _too_small(options, least)
@@ -36,7 +37,7 @@ def forecast(model: VisionLanguageModel, options: StreamOptions) -> Forecast:
         num_chunks=num_chunks,
         limit=limit,
         seconds_of_memory=num_frames / options.fps if options.fps else UNSET,
-        seconds_of_positions=or_unset(seconds_of_positions(footprint, options.fps)),
+        seconds_of_positions=UNSET if retention.forgets else or_unset(seconds_of_positions(footprint, options.fps)),
     )
 
 

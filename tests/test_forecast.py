@@ -85,6 +85,16 @@ def test_without_a_rate_no_seconds_are_foretold(model: DirectedModel):
     assert foretold.seconds_of_memory is UNSET and foretold.seconds_of_positions is not UNSET  # the clock alone counts
 
 
+@pytest.mark.parametrize("retention", ["window", "thin"])
+def test_a_memory_that_forgets_holds_what_is_not_reserved_and_its_positions_never_end(
+    model: DirectedModel, retention: str
+):
+    stream = options(model, 400, retention=retention)
+    foretold = forecast(model, stream)
+    assert foretold.capacity_tokens == StreamMemory(model, stream).info().capacity_tokens == 350
+    assert foretold.seconds_of_positions is UNSET
+
+
 def test_a_device_gives_what_it_has_room_for_and_never_less_than_the_least():
     room = Room(free_bytes=100, workspace_bytes=30, safety_bytes=10)
     assert within_room(StreamOptions("front", memory_bytes=60), room).memory_bytes == 60
