@@ -1,6 +1,7 @@
 """Carries frames from the rings to the engine: sampled, decoded and in chunks."""
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -21,6 +22,8 @@ from .picture_decoder import PictureError, decode_picture, silence_opencv
 from .stream_intake import MAX_DECODING_BYTES, Batch, Decoded, StreamIntake, TimedFrame
 
 CLOSE_TIMEOUT_S = 1.0
+MIN_DECODERS = 3  # one for a slow picture, and two that go on
+MAX_DECODERS = 12  # a JPEG of 1080p takes one some 10 ms: more of them wait for each other
 
 Decode = Callable[[FrameHeader, Buffer], np.ndarray]
 
@@ -58,12 +61,13 @@ class Feeder:
         self,
         engine: EngineProtocol,
         *,
-        num_decoders: int = 3,
+        num_decoders: int | None = None,
         max_decoding_bytes: int = MAX_DECODING_BYTES,
         decode: Decode = decode_picture,
     ) -> None:
         self._engine = engine
         self._decode = decode
+        num_decoders = num_decoders or num_decoders_for(os.cpu_count() or 1)
         self._max_frames = 8 * num_decoders  # in decoding, so that closing never waits for a long queue
         self._max_bytes = max_decoding_bytes
         self._max_lanes = max(1, num_decoders - 1)  # of one stream
@@ -206,6 +210,11 @@ class Feeder:
     def _note_done(self, intake: StreamIntake, chunk: Chunk, future: Future[Encoded]) -> None:
         self._done.append((intake, chunk, future, time.time_ns()))
         self.wake()
+
+
+def num_decoders_for(num_cores: int) -> int:
+    """Half of the cores: the others are for the engine, the sockets and whatever else the machine does."""
+    return max(MIN_DECODERS, min(MAX_DECODERS, num_cores // 2))
 
 
 def decode_timed(timed: TimedFrame, decode: Decode = decode_picture, *, has_gate: bool = False) -> Decoded:

@@ -51,7 +51,7 @@ class Intake:
         secure: Secure = leave_open,
         takeover_s: float = 2.0,
         max_in_flight: int = 2,
-        num_decoders: int = 3,
+        num_decoders: int | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self._engine = engine

@@ -8,7 +8,7 @@ import pytest
 from deadline import until
 from fakes import FakeEngine
 
-from onlooker.node.feeder import Feeder
+from onlooker.node.feeder import Feeder, num_decoders_for
 from onlooker.node.options import StreamOptions
 from onlooker.node.picture_decoder import decode_picture
 from onlooker.node.stream_intake import MAX_DECODING_BYTES, Batch, StreamIntake
@@ -144,6 +144,11 @@ def test_when_frames_are_rationed_all_streams_get_their_share(engine: FakeEngine
     until(lambda: len(encoded) == 24)
     feeder.close()
     assert {frozenset(encoded[n : n + 3]) for n in range(0, 6, 3)} == {frozenset(["one", "two", "three"])}
+
+
+@pytest.mark.parametrize(("num_cores", "num_decoders"), [(1, 3), (2, 3), (8, 4), (16, 8), (256, 12)])
+def test_half_of_the_cores_decode_within_bounds(num_cores: int, num_decoders: int):
+    assert num_decoders_for(num_cores) == num_decoders
 
 
 class HeldDecoder:
