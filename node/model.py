@@ -150,7 +150,8 @@ class VisionLanguageModel:
                 deepstack.append(added)
         positions = torch.from_numpy(span.positions).to(self.device)[:, None]
         # Chunks come one after the other. A question may come in the middle of one, whose buffers the pieces hold.
-        if vision is not None and self.pieces is not None and len(span) <= MAX_TOKENS:
+        is_recorded = vision is not None and vision.is_whole  # a size that seldom comes again is not worth a graph
+        if is_recorded and self.pieces is not None and len(span) <= MAX_TOKENS:
             hidden = self.pieces.run(embeds, positions, memory, deepstack, between)
             if hidden is not None:
                 return hidden[0]

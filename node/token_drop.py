@@ -92,5 +92,5 @@ def _sifted(span: Span, vision: Vision, is_new: np.ndarray) -> Sifted:
     deepstack = None if vision.deepstack is None else [layer[rows.to(layer.device)] for layer in vision.deepstack]
     return Sifted(
         Span(span.ids[stays], span.positions[:, stays], span.visual[stays], span.next_position),
-        Vision(vision.embeds[rows], deepstack),
+        Vision(vision.embeds[rows], deepstack, is_whole=bool(is_new.all())),
     )

@@ -32,6 +32,7 @@ class Vision(NamedTuple):
 
     embeds: Tensor  # (num_tokens, hidden)
     deepstack: list[Tensor] | None  # one (num_tokens, hidden) for each of the first language layers
+    is_whole: bool = True  # False: tokens were left out, another number of every chunk
 
 
 class Segments(NamedTuple):
@@ -219,7 +220,7 @@ class _RecordedTower:
 
     def see(self, patches: Tensor) -> Vision:
         self._patches.copy_(patches)
-        embeds, deepstack = self._recording.replay()
+        embeds, deepstack, _ = self._recording.replay()
         return Vision(embeds.clone(), None if deepstack is None else [features.clone() for features in deepstack])
 
 

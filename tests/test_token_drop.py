@@ -182,6 +182,22 @@ def test_features_are_compared_with_the_last_kept_and_not_the_one_before():
     assert [n for n, is_kept in enumerate(kept) if is_kept] == [0, 3, 6, 9]
 
 
+def test_no_graph_is_recorded_for_a_number_of_tokens_that_seldom_comes_again(model: DirectedModel):
+    sizes: list[int] = []
+
+    class Pieces:
+        def run(self, embeds: Tensor, *_: object) -> None:
+            sizes.append(embeds.shape[1])
+
+    model.pieces = Pieces()  # type: ignore[assignment]
+    dropping, plain = memory(model, chunk_frames=2), memory(model, None, chunk_frames=2)
+    for i in range(3):
+        dropping.append(still(2 * i, 2))
+    assert sizes == [dropping.ledger.records[0].num_tokens + dropping.now.num_anchor]
+    plain.append(still(0, 2))
+    assert len(sizes) == 2
+
+
 # What the memory has lost
 
 
