@@ -27,12 +27,14 @@ def require_matplotlib() -> None:
 def plot(document: dict[str, Any], path: Path) -> None:
     """Draw a benchmark's JSON document as a PNG: a row of panels for each model."""
     models = list(document["ceilings"])
+    measured = {row["stage"] for row in document["rows"] if row["way"] == "onlooker" and row["ms"] is not None}
+    stages = [panel for panel in _PANELS if panel[0] in measured] or _PANELS[:1]
     figure = importlib.import_module("matplotlib.figure").Figure(
-        figsize=(6.4 * len(_PANELS), 4.2 * max(1, len(models))), layout="constrained"
+        figsize=(6.4 * len(stages), 4.2 * max(1, len(models))), layout="constrained"
     )
-    panels = figure.subplots(max(1, len(models)), len(_PANELS), squeeze=False)
+    panels = figure.subplots(max(1, len(models)), len(stages), squeeze=False)
     for model, row in zip(models, panels, strict=False):
-        for (stage, title), panel in zip(_PANELS, row, strict=True):
+        for (stage, title), panel in zip(stages, row, strict=True):
             _draw(panel, [r for r in document["rows"] if (r["model"], r["stage"]) == (model, stage)])
             panel.set_title(f"{model}: {title}", fontsize=10)
     facts = document["machine"]
@@ -53,6 +55,7 @@ def _draw(panel: Any, rows: Sequence[dict[str, Any]]) -> None:
     panel.set_ylabel("milliseconds")
     if panel.lines:
         panel.set_yscale("log")
+        panel.yaxis.set_minor_locator(importlib.import_module("matplotlib.ticker").LogLocator(subs=(2, 5)))
         for axis_part in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
             axis_part("{x:g}")
         panel.legend(fontsize=7)
