@@ -395,14 +395,14 @@ class ForgettingKeepsItsPromises(RuleBasedStateMachine):
         layout=st.sampled_from(["native", "native", "turns"]),
     )
     def begin(self, retention: str, layout: str) -> None:
-        self.stream = memory(self.model, retention, 200, layout)
+        self.stream = memory(self.model, retention, 260, layout)
         self.scratch = Scratch(self.model.kv_shape, 2, 64)
         self.bits: dict[int, tuple[Reach, list[torch.Tensor]]] = {}  # by number
         self.seen = 0  # frames since the beginning, or the last reset
         self.marks: dict[str, int] = {}
         self.readers: list[tuple[Branch, list[list[bytes]]]] = []
         self.seq = 0
-        self.append((2, 3), 12, 0)
+        self.append((2, 3), 31 if layout == "native" else 12, 0)
 
     def add(self, new: Chunk) -> None:
         starts_over = self.stream.options.retention == "reset" and self.stream.must_forget(new)
@@ -423,7 +423,7 @@ class ForgettingKeepsItsPromises(RuleBasedStateMachine):
     @rule(
         grid=st.sampled_from([(2, 3), (2, 3), (2, 3), (4, 4)]),
         num=st.integers(1, 4),
-        pause=st.sampled_from([0, 0, 40, 400]),
+        pause=st.sampled_from([0, 0, 0, 0, 0, 0, 40, 400]),
     )
     def append(self, grid: tuple[int, int], num: int, pause: int) -> None:
         self.seq += pause
@@ -443,6 +443,11 @@ class ForgettingKeepsItsPromises(RuleBasedStateMachine):
         branch = Branch(self.model, self.stream, snapshot, self.scratch)
         branch.prefill(self.stream.layout.question(snapshot.layout, QUESTION))
         self.readers.append((branch, read_by(branch)))
+
+    @rule(name=st.sampled_from(["", "a", "b"]), num=st.integers(4, 12))
+    def ask_and_go_on(self, name: str, num: int) -> None:
+        self.ask(name)
+        self.append((2, 3), num, 0)
 
     @precondition(lambda self: self.readers)
     @rule(place=st.integers(0, 1))
@@ -471,7 +476,7 @@ class ForgettingKeepsItsPromises(RuleBasedStateMachine):
             self.seen = self.marks[name]
             self.marks = {n: seen for n, seen in self.marks.items() if seen <= self.seen}
 
-    @precondition(lambda self: self.seen > 60)
+    @precondition(lambda self: self.seen > 80)
     @rule()
     def reset(self) -> None:
         self.cancel_beyond(0)
@@ -511,7 +516,7 @@ class ForgettingKeepsItsPromises(RuleBasedStateMachine):
             info = self.stream.info()
             assert info.positions_used <= self.model.max_positions
             assert info.resident_bytes <= self.stream.options.memory_bytes
-            top = min((extent.start for branch, _ in self.readers for extent in branch.reading.aside), default=200)
+            top = min((extent.start for branch, _ in self.readers for extent in branch.reading.aside), default=260)
             assert info.num_tokens <= top
 
     @invariant()
