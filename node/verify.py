@@ -415,10 +415,24 @@ def _models(names: Sequence[str], device: str) -> Iterator[VisionLanguageModel]:
             yield model
 
 
-def _row(check: Check) -> str:
-    verdict = "ok  " if check.passed else "MISS"
-    bound = "bit for bit" if check.bound == 0 else f"<= {check.bound:.0e}"
-    return f"{verdict}  {check.model:<22}  {check.promise:<42}  {check.value:>9.2g}  {bound:<11}  {check.case}"
+_HEADS = f"{'promise':<42}  {'held':<10}  {'worst':>9}  bound"
+
+
+def _lines(checks: Sequence[Check], *, has_cases: bool) -> Iterator[str]:
+    """A model's checks as a table: a line for each promise, and the cases that were missed, or all of them."""
+    for promise in dict.fromkeys(check.promise for check in checks):
+        cases = [check for check in checks if check.promise == promise]
+        held = f"{sum(check.passed for check in cases)} of {len(cases)}"
+        # What is no number at all is the worst.
+        worst = max(cases, key=lambda check: (math.isnan(check.value), check.value))
+        yield f"{promise:<42}  {held:<10}  {worst.value:>9.2g}  {_bound(worst)}"
+        for check in cases:
+            if has_cases or not check.passed:
+                yield f"    {'ok  ' if check.passed else 'MISS'}  {check.value:>9.2g}  {check.case}"
+
+
+def _bound(check: Check) -> str:
+    return "bit for bit" if check.bound == 0 else f"{check.bound:.0e}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -433,6 +447,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--bound", type=float, default=BOUND, help="a large checkpoint sums more and may need more")
     parser.add_argument("--answers", action="store_true", help="compare whole answers too, which takes a while longer")
+    parser.add_argument("--cases", action="store_true", help="print every case, not only those that were missed")
     parser.add_argument(
         "--json",
         action="store_true",
@@ -449,10 +464,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for model in _models(args.model, device):
             use_few_threads(model)
             answers = verify_answers(model) if args.answers else ()
-            for check in itertools.chain(verify(model, args.bound), answers):
-                checks.append(check)
-                if not args.json:
-                    print(_row(check), flush=True)
+            its_checks = list(itertools.chain(verify(model, args.bound), answers))
+            checks += its_checks
+            if not args.json:
+                print(f"{model.name} on {device}, float32\n{_HEADS}")
+                print(*_lines(its_checks, has_cases=args.cases), "", sep="\n", flush=True)
     except LoadError as error:
         print(f"onlooker verify: {error}", file=sys.stderr)
         return 1

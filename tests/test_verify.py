@@ -1,6 +1,7 @@
 """The gate holds on what is right, and shuts on what is wrong."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -100,6 +101,30 @@ def test_the_command_reports_as_json_and_by_its_status(checkpoints: Checkpoints,
     assert page_of(document, "").verdict == (True, "All 57 checks hold")
     assert main(["--model", path, "--device", "cpu", "--bound", "1e-12"]) == 1
     assert "MISS" in capsys.readouterr().out
+
+
+def test_a_promise_is_a_line_and_its_cases_come_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch, checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
+):
+    checks = [
+        Check("one", "m", "a", 1e-7, 1e-5),
+        Check("one", "m", "b", math.nan, 1e-5),
+        Check("one", "m", "c", 2e-6, 1e-5),
+        Check("two", "m", "d", 0, 0),
+    ]
+    monkeypatch.setattr(verify_module, "verify", lambda model, bound: checks)
+    arguments = ["--model", str(checkpoints.path("qwen2_vl")), "--device", "cpu"]
+    assert main(arguments) == 1
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [
+        ["one", "2", "of", "3", "nan", "1e-05"],
+        ["MISS", "nan", "b"],
+        ["two", "1", "of", "1", "0", "bit", "for", "bit"],
+        [],
+        ["3", "of", "4", "checks", "hold"],
+    ]
+    main([*arguments, "--cases"])
+    assert ["ok", "2e-06", "c"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
 def test_a_checkpoint_that_is_not_there_is_a_line_and_status_1(capsys: pytest.CaptureFixture[str]):
