@@ -249,6 +249,10 @@ class StreamDefaults(_Section):
         default="stop",
         description="when full: stop, reset (start over), window (keep the newest), thin (and ever less of older)",
     )
+    degrade: bool = Field(
+        default=False,
+        description="true: give up quality, step by step, while the node has too little time or memory: see [degrade]",
+    )
     ring_frames: Count = Field(
         default=64, description="frames that wait to be sampled; the oldest is dropped for a new one"
     )
@@ -267,6 +271,22 @@ class Stream(StreamDefaults):
         default=None,
         description="a camera that binds; ipc:///path is allowed here, not over the wire",
         examples=["tcp://192.168.1.20:5555"],
+    )
+
+
+class Degrade(_Section):
+    """When streams with degrade = true give up quality, and when they get it back."""
+
+    max_lag_ms: Annotated[float, BeforeValidator(_whole_number), Field(gt=0, allow_inf_nan=False)] = Field(
+        default=2000.0, description="a chunk that comes into the memory later than that is too late"
+    )
+    min_free_bytes: Bytes = Field(
+        default=ByteSize(1 << 30), description="less free memory on the device is too little, whoever takes it"
+    )
+    settle_s: Seconds = Field(default=5.0, description="between two steps down")
+    recover_s: Seconds = Field(default=60.0, description="without shortage, before each step up")
+    recover_load: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5, description="no step up while chunks take more of the engine's time than this share"
     )
 
 
@@ -320,6 +340,7 @@ class NodeConfig(BaseSettings):
     questions: Questions = Questions()
     limits: StreamLimits = StreamLimits()
     stream_defaults: StreamDefaults = StreamDefaults()
+    degrade: Degrade = Degrade()
     telemetry: Telemetry = Telemetry()
     log: Log = Log()
     streams: tuple[Stream, ...] = ()

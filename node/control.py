@@ -24,6 +24,7 @@ from ..protocol.messages import (
     Streams,
     StreamSpec,
 )
+from .degradation import Degradation
 from .load import with_load
 from .options import StreamOptions
 from .requests import Call, Endpoint, Steps
@@ -34,9 +35,16 @@ from .telemetry import Announce
 class Control:
     """Acts on the streams of a node. `cancel` ends a question, by its session and id."""
 
-    def __init__(self, state: NodeState, announce: Announce, cancel: Callable[[str, str], Future[bool]]) -> None:
+    def __init__(
+        self,
+        state: NodeState,
+        announce: Announce,
+        cancel: Callable[[str, str], Future[bool]],
+        degradation: Degradation,
+    ) -> None:
         self._state = state
         self._announce = announce
+        self._degradation = degradation
         self._cancel_question = cancel
 
     def endpoints(self) -> dict[str, Endpoint[Any]]:
@@ -149,6 +157,7 @@ class Control:
             allotment.give_back(options.name)
             raise
         allotment.keep(options.name, forecast.memory_bytes)
+        self._degradation.add(options)
         self._announce_added(options, forecast)
         return StreamAdded(forecast=forecast)
 
@@ -174,6 +183,7 @@ class Control:
 
     def remove_stream(self, stream: str) -> Steps[Empty]:
         """Take in no more frames of a stream, then free its memory."""
+        self._degradation.remove(stream)
         self._state.intake.remove_stream(stream)
         yield self._state.engine.remove_stream(stream)
         self._state.allotment.give_back(stream)

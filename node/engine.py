@@ -42,7 +42,7 @@ from .branch import Branch, Scratch
 from .choice import choose
 from .chunk import Chunk, ChunkRefused, Encoded, Picture, Unchanged
 from .compilation import Compilation, CompileSetting, should_compile
-from .engine_protocol import ModelInfo
+from .engine_protocol import ModelInfo, Relieve
 from .fairness import FairShare, Side
 from .forecast import forecast, within_room
 from .ledger import Snapshot
@@ -154,6 +154,7 @@ class Engine:
         self._is_closed = False
         self._vram = self._read_vram()
         self._vram_due = 0.0
+        self.relieve: Relieve = lambda stream: None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.model = ModelInfo(
             name=model.name,
@@ -268,6 +269,9 @@ class Engine:
 
     def remove_stream(self, stream: str) -> Future[None]:
         return self._call(lambda: self._remove_stream(stream))
+
+    def adjust(self, stream: str, options: StreamOptions) -> Future[None]:
+        return self._call(lambda: self._memory(stream).adjust(options))
 
     def encode(self, stream: str, chunk: Chunk) -> Future[Encoded]:
         future: Future[Encoded] = Future()
@@ -575,7 +579,7 @@ class Engine:
 
     def _encode(self, stream: str, chunk: Chunk, upload: Upload | None, future: Future[Encoded]) -> None:
         try:
-            encoded = self._memories[stream].append(chunk, upload, partial(self._between, stream))
+            encoded = self._append(stream, chunk, upload)
         except ChunkRefused as error:
             self._note(stream)
             future.set_exception(error)
@@ -587,6 +591,18 @@ class Engine:
         else:
             self._note(stream)
             future.set_result(encoded)
+
+    def _append(self, stream: str, chunk: Chunk, upload: Upload | None) -> Encoded:
+        """Encode a chunk; one that the device has no memory for is tried once more if its stream can do with less."""
+        memory, between = self._memories[stream], partial(self._between, stream)
+        try:
+            return memory.append(chunk, upload, between)
+        except ChunkRefused as error:
+            options = self.relieve(stream) if error.reason == "out_of_memory" else None
+            if options is None:
+                raise
+        memory.adjust(options)
+        return memory.append(chunk, None, between)
 
     def _look_ahead(self) -> None:
         """Have the next chunk's pictures uploaded while another one is encoded."""

@@ -40,8 +40,17 @@ class ModelInfo:
     notice: str | None = None  # said with every answer, e.g. that the weights are untrained
 
 
+Relieve = Callable[[str], StreamOptions | None]
+
+
 class EngineProtocol(Protocol):
-    """A memory per stream, and answers from it."""
+    """A memory per stream, and answers from it.
+
+    `relieve` is called on the engine thread with a stream whose chunk the device has no memory for: with the options
+    that it returns, the chunk is tried once more. None, as at first, is no more of it.
+    """
+
+    relieve: Relieve
 
     @property
     def model(self) -> ModelInfo: ...
@@ -63,6 +72,10 @@ class EngineProtocol(Protocol):
 
     def remove_stream(self, stream: str) -> Future[None]:
         """Free a memory; its running questions end with CANCELLED. Fails with UNKNOWN_STREAM."""
+        ...
+
+    def adjust(self, stream: str, options: StreamOptions) -> Future[None]:
+        """Encode later chunks with another `drop` and `encode_scale`. Fails with NodeError UNKNOWN_STREAM."""
         ...
 
     def encode(self, stream: str, chunk: Chunk) -> Future[Encoded]:

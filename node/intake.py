@@ -18,6 +18,7 @@ their way and the memory must agree about which frames came before it.
 """
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -128,6 +129,10 @@ class Intake:
 
     def resume(self, name: str) -> None:
         self._stream(name).resume()
+
+    def adjust(self, name: str, options: StreamOptions, degraded: Sequence[str]) -> None:
+        """Take frames with another rate and another gate from now on; `degraded` is what was given up by that."""
+        self._stream(name).adjust(options, degraded)
 
     def reset(self, name: str) -> Future[CacheInfo]:
         """Drop the stream's frames on their way as `reset`, and reset the engine's memory of it."""

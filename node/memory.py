@@ -64,6 +64,12 @@ class StreamMemory:
         self._readings: list[Reading] = []
         self._max_tokens = self._retention.max_tokens(capacity)
 
+    def adjust(self, options: StreamOptions) -> None:
+        """Go on with another drop and another encode size, from the next chunk on; what is held stays as it is."""
+        if options.drop != self.options.drop:
+            self._drop = None if options.drop is None else TokenDrop(options.drop)
+        self.options = options
+
     @property
     def now(self) -> Snapshot:
         return self.ledger.now
@@ -335,16 +341,21 @@ class StreamMemory:
 
     def _encode_size(self, chunk: Chunk) -> tuple[int, int]:
         options = self.options
+        geometry = self._model.geometry
         try:
-            return encode_size(
+            size = encode_size(
                 chunk.size,
-                self._model.geometry,
+                geometry,
                 min_pixels=options.min_pixels,
                 max_pixels=options.max_pixels,
                 explicit=options.encode_size,
             )
         except ValueError as error:
             raise ChunkRefused("encode_error", str(error)) from error
+        if options.encode_scale == 1:
+            return size
+        width, height = (round(side * options.encode_scale) for side in size)
+        return encode_size(chunk.size, geometry, explicit=(width, height))
 
     @property
     def _room(self) -> int:

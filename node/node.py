@@ -15,9 +15,11 @@ from ..protocol.messages import Pong
 from ..protocol.sockets import MAX_REQUEST_BYTES, bind, open_socket
 from .config import NodeConfig
 from .control import Control
+from .degradation import Degradation
 from .engine_protocol import EngineProtocol
 from .intake import Intake
 from .ipc_lock import IpcLock
+from .ladder import Bounds
 from .questions import Questions
 from .requests import Endpoint, Limits, Steps
 from .security import RefusedPeers, Security
@@ -105,7 +107,10 @@ class Node:
         self._open.callback(self._security.close)
         telemetry = self._start_telemetry()
         ask = self._start_ask(telemetry.announce)
-        self._control = Control(self._state, telemetry.announce, ask.cancel)
+        settings = self._config
+        bounds, period_s = Bounds(**settings.degrade.model_dump()), settings.telemetry.period_s
+        self._degradation = Degradation(self._state, telemetry.announce, bounds, period_s)
+        self._control = Control(self._state, telemetry.announce, ask.cancel, self._degradation)
         self._start_server("control", self._control.endpoints(), self._control_limits(), telemetry.announce)
 
     def attach(self, engine: EngineProtocol) -> None:
@@ -119,6 +124,9 @@ class Node:
         _starting(f"endpoints.frames: cannot listen at {self._config.endpoints.frames}", intake.start)
         self._state.listens("frames", intake.bound_endpoint or self._config.endpoints.frames)
         self._state.attach(engine, intake)
+        engine.relieve = self._degradation.relieve
+        self._degradation.start()
+        self._open.callback(self._degradation.close)
         for stream in self._config.streams:
             steps = self._control.add_stream(self._config.stream_options(stream))
             _starting(f"stream {stream.name}", partial(_run_steps, steps))

@@ -98,6 +98,7 @@ class StreamIntake:
         self._clock = StreamClock()
         self._sampler = FrameSampler(options.fps, options.stride)
         self._frame_gate = FrameGate(options.gate) if options.gate is not None else None
+        self._degraded: list[str] = []
         self._unchanged: Unchanged | None = None  # not told yet
         self._chunker = FrameChunker(options.chunk_frames)
         self._ready: deque[Chunk] = deque()
@@ -242,19 +243,18 @@ class StreamIntake:
         header = timed.frame.header
         picture = Picture(decoded.pixels, timed.frame.seq, header.ts, header.ts_kind, timed.stream_ns)
         self._received_size = picture.size
-        if decoded.thumbnail is not None and not self._passes_gate(picture, decoded.thumbnail):
+        gate, thumbnail = self._frame_gate, decoded.thumbnail
+        if gate is not None and thumbnail is not None and not self._passes_gate(gate, picture, thumbnail):
             self._drop("gated")
             self._ready += self._chunker.flush()  # nobody knows when there is something new to fill it
             return
         self._ready += self._chunker.add(picture, decoded.decode_ms)
 
-    def _passes_gate(self, picture: Picture, thumbnail: np.ndarray) -> bool:
+    def _passes_gate(self, gate: FrameGate, picture: Picture, thumbnail: np.ndarray) -> bool:
         """Whether a picture is to be encoded.
 
         The second one of a temporal patch always is: it costs no token more, and the two belong to one time.
         """
-        gate = self._frame_gate
-        assert gate is not None, "a thumbnail is for a gate"
         view = View(picture.size, picture.stream_ns, thumbnail)
         same = None if len(self._chunker) % 2 else gate.looks_like(view)
         if same is None:
@@ -320,6 +320,15 @@ class StreamIntake:
             self._dropped[DropReason(reason).value] += num  # PROTOCOL.md lists them all
 
     # Control
+
+    def adjust(self, options: StreamOptions, degraded: Sequence[str]) -> None:
+        """Go on with another rate and another gate; `degraded` is what was given up by that."""
+        with self._lock:
+            before, self.options, self._degraded = self.options, options, list(degraded)
+            if (options.fps, options.stride) != (before.fps, before.stride):
+                self._sampler = FrameSampler(options.fps, options.stride)
+            if options.gate != before.gate:
+                self._frame_gate = FrameGate(options.gate) if options.gate is not None else None
 
     def pause(self) -> None:
         """Drop what comes from now on; what was received before still goes its way."""
@@ -410,6 +419,7 @@ class StreamIntake:
                 fps_encoded=_or_unset(fps_encoded),
                 lag_ms=self._lag_ms,
                 load=load_of(stages, self.options.chunk_frames, fps_encoded),
+                degraded=self._degraded,
                 cache=cache,
                 frames=self._counters(),
                 stages=stages,

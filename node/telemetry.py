@@ -45,7 +45,7 @@ FORGOT_MESSAGES = {
     "others": "older frames were forgotten to make room",
 }
 FORGOT_PERIOD_S = 10.0  # between two events of one stream
-_WARNED = frozenset({"memory_full", "stream_offline", "request_failed", "trace_left"})
+_WARNED = frozenset({"memory_full", "degraded", "stream_offline", "request_failed", "trace_left"})
 
 
 class _Forgot(NamedTuple):

@@ -280,6 +280,7 @@ class StreamSpec(Message, frozen=True, kw_only=True):
     memory_bytes: Count | UnsetType = UNSET
     min_memory_bytes: Count | UnsetType = UNSET  # less than memory_bytes will do, down to this
     retention: RetentionName | UnsetType = UNSET
+    degrade: bool | UnsetType = UNSET  # give up quality, step by step, while there is too little time or memory
 
 
 # ---------------------------------------------------------------------- control: replies and telemetry
@@ -417,6 +418,7 @@ class StreamStats(Message, frozen=True, kw_only=True):
     fps_encoded: float | UnsetType = UNSET
     lag_ms: float | UnsetType = UNSET  # capture to memory, newest chunk; only for capture times
     load: float | UnsetType = UNSET  # share of the engine's time that its chunks take
+    degraded: list[str] = []  # what the stream has given up, the first first
     cache: CacheInfo
     frames: FrameCounters
     stages: StageTimings

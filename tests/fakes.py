@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from onlooker.node.chunk import Chunk, ChunkRefused, Encoded, Picture, Unchanged
-from onlooker.node.engine_protocol import ModelInfo
+from onlooker.node.engine_protocol import ModelInfo, Relieve
 from onlooker.node.options import StreamOptions
 from onlooker.protocol.errors import ErrorCode, NodeError
 from onlooker.protocol.messages import (
@@ -98,6 +98,8 @@ class FakeEngine:
         max_waiting: int = 32,
     ) -> None:
         self.model = model
+        self.relieve: Relieve = lambda stream: None
+        self.adjusted: dict[str, StreamOptions] = {}
         self.capacity_tokens = capacity_tokens
         self.encode_s = encode_s
         self.word_s = word_s
@@ -176,6 +178,12 @@ class FakeEngine:
             return self._forecast(options)
 
         return self._submit(options.name, steps())
+
+    def adjust(self, stream: str, options: StreamOptions) -> Future[None]:
+        self.adjusted[stream] = options
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
     def remove_stream(self, stream: str) -> Future[None]:
         def steps() -> Iterator[None]:

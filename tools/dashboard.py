@@ -155,7 +155,13 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (Query(_of_stream(of.LOAD), "{{stream}}"),),
             "percentunit",
             is_stacked=True,
-            width=24,
+            width=12,
+        ),
+        Panel(
+            "Steps down",
+            (Query(_of_stream(of.DEGRADED), "{{stream}}"),),
+            width=12,
+            description="Quality that streams have given up for want of time or memory.",
         ),
     ),
     "Memory": (
@@ -195,6 +201,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (
                 Query(_of_stream(of.TOKENS), "{{stream}}"),
                 Query(f"{_of_stream(of.FULL)} * {_of_stream(of.TOKENS)} > 0", "{{stream}} full"),
+                Query(_of_stream(of.DROPPED_TOKENS), "{{stream}} dropped"),
             ),
         ),
         Panel(

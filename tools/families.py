@@ -27,7 +27,17 @@ DROPPED = tuple(DropReason)[5:]
 # PROTOCOL.md, "Event kinds".
 EVENT_KINDS = (
     *("stream_added", "stream_removed", "stream_waiting", "stream_online", "stream_offline", "stream_paused"),
-    *("stream_ended", "memory_full", "forgot", "publisher_restarted", "reset", "rolled_back", "trace_left"),
+    *(
+        "stream_ended",
+        "memory_full",
+        "degraded",
+        "restored",
+        "forgot",
+        "publisher_restarted",
+        "reset",
+        "rolled_back",
+        "trace_left",
+    ),
     "request_failed",
 )
 
@@ -278,6 +288,11 @@ HORIZON = Family[StreamStats](
     "How much of the stream a full memory holds without a gap, at the present rate.",
     lambda stats: _known(stats.cache.seconds_of_memory),
 )
+DEGRADED = Family[StreamStats](
+    "onlooker_stream_degraded_steps",
+    "How many steps down the stream has gone for want of time or memory.",
+    lambda stats: _known(len(stats.degraded)),
+)
 LOAD = Family[StreamStats](
     "onlooker_stream_load_ratio",
     "Share of the engine's time that the stream's chunks take.",
@@ -337,8 +352,8 @@ OF_NODE: tuple[Family[NodeStats], ...] = (
 )
 OF_STREAM: tuple[Family[StreamStats], ...] = (
     *(STREAM_STATE, LAG, RECEIVED_FRAMES, KEPT_FRAMES, ENCODED_FRAMES, DROPPED_FRAMES, PENDING_FRAMES),
-    *(PADDED_FRAMES, FORGOTTEN_FRAMES, MISSED_FRAMES, STAGES, LOAD, TOKENS, DROPPED_TOKENS, CAPACITY, LOGICAL_BYTES),
-    *(RESIDENT_BYTES, MEMORY_FRAMES, SPAN, POSITIONS_USED, POSITIONS_LEFT, UNTIL_FULL, HORIZON, FULL),
+    *(PADDED_FRAMES, FORGOTTEN_FRAMES, MISSED_FRAMES, STAGES, LOAD, DEGRADED, TOKENS, DROPPED_TOKENS, CAPACITY),
+    *(LOGICAL_BYTES, RESIDENT_BYTES, MEMORY_FRAMES, SPAN, POSITIONS_USED, POSITIONS_LEFT, UNTIL_FULL, HORIZON, FULL),
 )
 OF_HEARING: tuple[Family[Hearing], ...] = (UP, EVENTS, MISSED_RECORDS, MALFORMED_RECORDS)
 FAMILIES = (*OF_HELLO, *OF_NODE, *OF_STREAM, *OF_HEARING)

@@ -277,6 +277,8 @@ def _chunks_text(stats: StreamStats) -> str:
             parts.append(f"{name.removesuffix('_ms')} {ms_text(value)}")
     if stats.load is not UNSET:
         parts.append(f"{stats.load:.0%} of the engine's time")
+    if stats.degraded:
+        parts.append(f"given up: {', '.join(stats.degraded)}")
     return ", ".join(parts) or "none yet"
 
 
