@@ -309,6 +309,8 @@ WORDINGS: dict[str, Wording] = {
             "At which second was the {x} visible?",
             "Tell me at which second the {x} appeared.",
             "Say when you first saw the {x}.",
+            "At which second was the {x} first visible?",
+            "At what time did you first see the {x}?",
         ),
         (
             "At which second did you first see the {x}?",
