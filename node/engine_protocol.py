@@ -75,7 +75,10 @@ class EngineProtocol(Protocol):
         ...
 
     def adjust(self, stream: str, options: StreamOptions) -> Future[None]:
-        """Encode later chunks with another `drop` and `encode_scale`. Fails with NodeError UNKNOWN_STREAM."""
+        """Encode and keep later chunks as other options say: `drop`, `encode_scale`, `retention` and `memory_share`.
+
+        Fails with NodeError UNKNOWN_STREAM.
+        """
         ...
 
     def encode(self, stream: str, chunk: Chunk) -> Future[Encoded]:

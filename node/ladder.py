@@ -156,9 +156,24 @@ def _smaller(options: StreamOptions) -> StreamOptions:
     return replace(options, encode_scale=options.encode_scale / 2)
 
 
+def _thinner(options: StreamOptions) -> StreamOptions:
+    """Of a stream that forgets by and by; what one of the others holds is not given up."""
+    return replace(options, retention="thin", memory_share=1 / 2) if _forgets_by_and_by(options) else options
+
+
+def _newest(options: StreamOptions) -> StreamOptions:
+    return replace(options, retention="window", memory_share=1 / 8) if _forgets_by_and_by(options) else options
+
+
+def _forgets_by_and_by(options: StreamOptions) -> bool:
+    return options.retention in ("window", "thin")
+
+
 RUNGS = (
     Rung("frame_rate", _slower),
     Rung("gate", _gated),
     Rung("drop", _dropping),
     Rung("encode_size", _smaller, eases_chunk=True),
+    Rung("thin", _thinner),
+    Rung("newest", _newest),
 )

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 _FREED_SHARE = 16  # of its rows a memory frees at a time: they move seldom, and the reserve mostly holds twice as much
 _FREED_POSITIONS_SHARE = 4  # and of its positions a 4th at least: in bfloat16, many rotations cost accuracy
 
+_LEAST_CHUNKS = 4  # that a memory of which a share may be used has room for
+
 
 class StreamMemory:
     """Grows by whole chunks. What lies below a length never changes until the memory is cut back or forgets.
@@ -65,10 +67,16 @@ class StreamMemory:
         self._max_tokens = self._retention.max_tokens(capacity)
 
     def adjust(self, options: StreamOptions) -> None:
-        """Go on with another drop and another encode size, from the next chunk on; what is held stays as it is."""
+        """Go on with another drop, encode size, retention and share of the memory, from the next chunk on.
+
+        Of a share, some chunks like the newest fit in any case.
+        """
         if options.drop != self.options.drop:
             self._drop = None if options.drop is None else TokenDrop(options.drop)
-        self.options = options
+        self.options, self._retention = options, POLICIES[options.retention]
+        whole = self._retention.max_tokens(self._arena.capacity)
+        least = self.now.num_anchor + _LEAST_CHUNKS * self.ledger.num_newest_tokens
+        self._max_tokens = min(whole, max(int(whole * options.memory_share), least))
 
     @property
     def now(self) -> Snapshot:
@@ -269,7 +277,7 @@ class StreamMemory:
 
     def _stay(self, span: Span) -> list[int]:
         """Places of the chunks that stay once there is room for the tokens of another."""
-        num_free = max(len(span), self._arena.capacity // _FREED_SHARE)
+        num_free = max(len(span), int(self._arena.capacity * self.options.memory_share) // _FREED_SHARE)
         return self._retention.keep(self.ledger.records, max(0, self._max_tokens - self.now.num_anchor - num_free))
 
     def _keep(self, keep: Sequence[int]) -> None:

@@ -29,6 +29,7 @@ class StreamOptions:
     encode_size: tuple[int, int] | None = None  # width, height; wins over the pixel bounds
     encode_scale: float = 1.0  # of that width and height, while the node has too little time or memory
     memory_bytes: int = 1 << 30
+    memory_share: float = 1.0  # of it that may be in use, while the node has too little time or memory
     min_memory_bytes: int | None = None  # what it takes when there is less left; None: not less than memory_bytes
     retention: RetentionName = "stop"
     degrade: bool = False  # give up quality, step by step, while there is too little time or memory: see ladder

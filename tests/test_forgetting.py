@@ -1,6 +1,7 @@
 """A memory that forgets: what is left is exact, the ledger and the arena agree, and marks hold what is left of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -272,6 +273,22 @@ def test_a_memory_that_forgets_has_no_end(model: DirectedModel, retention: str):
     for i in range(10):
         stream.append(chunk(2 * i))
     assert stream.info().seconds_until_full is UNSET and isinstance(stream.info().positions_left, int)
+
+
+def test_a_memory_of_which_a_share_is_used_forgets_the_rest_and_takes_it_up_again(model: DirectedModel):
+    stream = memory(model, "window", 320)
+    whole = [stream.append(chunk(2 * i)) and stream.now.num_tokens for i in range(60)][-20:]
+    stream.adjust(replace(stream.options, retention="thin", memory_share=0.5))
+    assert stream.now.num_tokens == whole[-1]  # nothing goes before the next chunk comes
+    half = [stream.append(chunk(2 * i)) and stream.now.num_tokens for i in range(60, 100)]
+    assert max(half) <= max(whole) // 2 + 20 and numbers(stream)[-1] == 99
+    stream.adjust(replace(stream.options, retention="window", memory_share=1 / 1000))
+    assert stream.append(chunk(200)) and stream.now.num_chunks > 1  # some chunks fit in any case
+    stream.adjust(replace(stream.options, memory_share=1.0))
+    again = [stream.append(chunk(2 * i)) and stream.now.num_tokens for i in range(101, 160)]
+    assert max(again) == max(whole)
+    frames = stream.now.forgotten.num_frames + stream.now.num_frames
+    assert frames == 320
 
 
 def test_an_answer_says_what_its_memory_has_forgotten(model: DirectedModel):

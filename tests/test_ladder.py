@@ -6,6 +6,7 @@ import pytest
 
 from onlooker.node.ladder import Bounds, Ladder, Seen
 from onlooker.node.options import StreamOptions
+from onlooker.protocol.messages import RetentionName
 
 BOUNDS = Bounds(max_lag_ms=1000.0, min_free_bytes=100, settle_s=5.0, recover_s=60.0, recover_load=0.5)
 OPTIONS = StreamOptions("front", fps=4.0)
@@ -122,6 +123,14 @@ def test_what_was_lost_before_the_first_look_is_over():
 def test_an_old_lag_of_a_stream_that_stands_still_is_no_reason():
     ladder = Ladder(OPTIONS, BOUNDS)
     assert [ladder.look(float(now), late(7)) for now in range(10)] == [None] * 10
+
+
+@pytest.mark.parametrize("retention", ["window", "thin"])
+def test_a_memory_that_forgets_by_and_by_is_thinned_and_then_holds_the_newest_alone(retention: RetentionName):
+    ladder = Ladder(replace(OPTIONS, retention=retention), BOUNDS)
+    assert gone_down(ladder) == [*ALL, "thin", "newest"]
+    shares = [(effort.retention, effort.memory_share) for effort in ladder._efforts]
+    assert shares[-3:] == [(retention, 1.0), ("thin", 0.5), ("window", 0.125)]
 
 
 def test_out_of_memory_goes_down_at_once_to_where_a_chunk_takes_less():
