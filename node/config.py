@@ -430,6 +430,8 @@ class NodeConfig(BaseSettings):
         merged["camera_key"] = None if key is None else str(key)
         for name in ("memory_bytes", "min_memory_bytes"):
             merged[name] = None if merged[name] is None else int(merged[name])  # a plain number, as in messages
+        if merged["min_memory_bytes"] is not None and "min_memory_bytes" not in values:
+            merged["min_memory_bytes"] = min(merged["min_memory_bytes"], merged["memory_bytes"])  # a default yields
         return StreamOptions(**merged)
 
 

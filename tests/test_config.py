@@ -284,3 +284,11 @@ def test_gate_and_drop_follow_the_defaults_unless_a_stream_says_otherwise():
         ((key, value),) = mistake.items()
         with pytest.raises(ConfigError, match=rf"stream_defaults\.{key}"):
             load(overrides={f"stream_defaults.{key}": value})
+
+
+def test_a_stream_that_asks_for_less_than_the_least_by_default_is_guaranteed_what_it_asks_for():
+    config = load(None, {"stream_defaults.min_memory_bytes": "2MiB", "stream_defaults.memory_bytes": "4MiB"})
+    assert config.spec_options(StreamSpec(stream="a", memory_bytes=1 << 20)).guaranteed_bytes == 1 << 20
+    assert config.spec_options(StreamSpec(stream="a")).guaranteed_bytes == 2 << 20
+    with pytest.raises(NodeError, match="min_memory_bytes 2097152 is above memory_bytes 1048576"):
+        config.spec_options(StreamSpec(stream="a", memory_bytes=1 << 20, min_memory_bytes=2 << 20))
