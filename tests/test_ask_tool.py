@@ -292,6 +292,12 @@ def test_a_stream_is_added_with_its_retention(node: Node) -> None:
     assert "--retention" in control(node, "add", "yard", "--retention", "never").err
 
 
+def test_a_stream_is_added_that_may_give_up_quality(node: Node, engine: FakeEngine) -> None:
+    assert control(node, "add", "gate", "--degrade").status == 0
+    assert control(node, "add", "yard", "--no-degrade").status == 0
+    assert [engine._memories[name].options.degrade for name in ("gate", "yard")] == [True, False]
+
+
 def test_a_stream_is_added_with_its_gate_and_drop(node: Node) -> None:
     added = control(node, "add", "gate", "--gate", "10", "--drop", "0.9", "--json").json
     assert (added["gate"], added["drop"]) == (10.0, 0.9)

@@ -107,10 +107,23 @@ def add(
         float | None,
         typer.Option(min=0, max=1, help="Leave out tokens more similar to the last ones kept; 1 leaves out none."),
     ] = None,
+    degrade: Annotated[
+        bool | None,
+        typer.Option("--degrade/--no-degrade", help="Give up quality while there is too little time or memory."),
+    ] = None,
     is_json: JsonOption = False,
 ) -> None:
-    """Add a stream to a node, which reserves its memory."""
-    spec = StreamSpec(stream=stream, retention=or_unset(retention), gate=or_unset(gate), drop=or_unset(drop))
+    """Add a stream to a node, which reserves its memory.
+
+    What that will hold is foretold.
+    """
+    spec = StreamSpec(
+        stream=stream,
+        retention=or_unset(retention),
+        gate=or_unset(gate),
+        drop=or_unset(drop),
+        degrade=or_unset(degrade),
+    )
     added = client.add_stream(spec)
     if is_json:
         _print_json(msgspec.to_builtins(stats_of(client, stream)) | msgspec.to_builtins(added))
