@@ -33,7 +33,7 @@ class Oracle(FakeEngine):
     def ask(self, request: Ask, **arguments: Any) -> Future[Answer]:
         script = self._parts[int(request.stream.rpartition("-")[2])].script
         moment = self.cache_info(request.stream).num_frames, request.question
-        known = {(num_frames, quiz.question): quiz.answer for num_frames, quiz in script.queries}
+        known = {(query.num_frames, query.quiz.question): query.quiz.answer for query in script.queries}
         answer = self._spoil(known[moment]) if moment in known else request.question
         return super().ask(msgspec.structs.replace(request, question=answer), **arguments)
 

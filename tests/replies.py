@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from onlooker.protocol.messages import Answer, AnswerTiming, CacheInfo, Choice, OptionScore, Provenance, StageTimings
-from onlooker.tools.scenario import Layout, Setting
+from onlooker.tools.scenario import EVERYTHING, Keeping, Layout, Setting
 from onlooker.tools.showing import Asked, Showing
 
 MEMORY = Provenance(
@@ -61,6 +61,7 @@ def asked(
     num_chunks: int = 1,
     options: Sequence[str] = (),
     scores: Sequence[float] | None = None,
+    age: int | None = None,
 ) -> Asked:
     """A question with this reply; with scores also as a choice."""
     reply = Answer(text=text, finish="stop", num_prompt_tokens=1, num_answer_tokens=1, memory=MEMORY, timing=TIMING)
@@ -74,16 +75,25 @@ def asked(
         after=cache(num_chunks),
         answer=reply,
         choice=None if scores is None else choice(options, scores),
+        age=age,
     )
 
 
-def showing(*questions: Asked, layout: Layout = "native", chunk_frames: int = 4, num_chunks: int = 10) -> Showing:
+def showing(
+    *questions: Asked,
+    layout: Layout = "native",
+    chunk_frames: int = 4,
+    num_chunks: int = 10,
+    keeping: Keeping = EVERYTHING,
+    num_gated: int = 0,
+) -> Showing:
     return Showing(
         seed=0,
-        setting=Setting(layout, chunk_frames),
+        setting=Setting(layout, chunk_frames, keeping),
         asked=list(questions),
         memory=cache(num_chunks),
         stages=StageTimings(preprocess_ms=1.0, vision_ms=2.0, prefill_ms=5.0),
         num_storm=0,
         num_storm_traces=0,
+        num_gated=num_gated,
     )

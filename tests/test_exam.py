@@ -8,9 +8,19 @@ import pytest
 from oracle import running_oracle
 
 from onlooker.protocol.messages import StageTimings
-from onlooker.tools.exam import Plan, Report, Storm, check_answers, check_bytes, check_growth, check_storm, check_traces
+from onlooker.tools.exam import (
+    Plan,
+    Report,
+    Storm,
+    check_answers,
+    check_bytes,
+    check_growth,
+    check_room,
+    check_storm,
+    check_traces,
+)
 from onlooker.tools.qa import examine_at
-from onlooker.tools.scenario import Setting, comparison, rounds_scenario, stories_scenario
+from onlooker.tools.scenario import EVERYTHING, Keeping, Setting, comparison, recall, rounds_scenario, stories_scenario
 from onlooker.tools.score import Count, compare, score
 from onlooker.tools.showing import Showing
 
@@ -76,6 +86,18 @@ def test_a_comparison_has_a_row_for_each_setting():
     assert [(row.layout, row.chunk_frames) for row in report.comparison] == [("native", 1), ("native", 4)]
     assert all(row.right == Count(6, 6) and row.frames == 4 for row in report.comparison)
     assert all(row.encode_ms == 6.0 / row.chunk_frames for row in report.comparison)
+
+
+def test_ways_to_keep_are_compared_by_age():
+    window = Keeping("window", "window", share=0.25)
+    settings = [Setting("native", 2, keeping) for keeping in (EVERYTHING, window)]
+    report = examined(Plan("stories", recall(0, 2, [16], 3, settings), forgets=True))
+    assert report.held, report.checks
+    assert [row.keeping for row in report.recall] == [EVERYTHING, window]
+    assert all(row.right == Count(6, 6) and sum(age.right.of for age in row.ages) == 6 for row in report.recall)
+    larger = msgspec.structs.replace(report.showings[1].memory, resident_bytes=1)
+    unequal = [report.showings[3], msgspec.structs.replace(report.showings[3], memory=larger)]
+    assert not check_room(unequal).held
 
 
 def test_choices_are_scored_where_they_were_asked_for():

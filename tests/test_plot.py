@@ -7,8 +7,9 @@ import cv2
 import pytest
 from replies import asked, showing
 
-from onlooker.tools.plot import PlotError, check_plot, plot_lengths, plot_settings, wilson
-from onlooker.tools.score import Count, compare, score
+from onlooker.tools.plot import PlotError, check_plot, plot_lengths, plot_recall, plot_settings, wilson
+from onlooker.tools.scenario import Keeping
+from onlooker.tools.score import Count, compare, score, score_recall
 
 NATIVE = showing(*(asked(num_chunks=num, text="red" if num < 20 else "blue") for num in (1, 2, 7, 30)))
 TURNS = showing(asked(num_chunks=7), layout="turns", chunk_frames=8)
@@ -29,6 +30,18 @@ def test_accuracy_by_length_is_drawn(tmp_path: Path):
 def test_settings_are_drawn_also_where_one_tells_no_times(tmp_path: Path):
     plot_settings(compare([NATIVE, TURNS, showing(asked(), chunk_frames=2)]), tmp_path / "settings.png", "a model")
     assert ink(tmp_path / "settings.png") > 0.01
+
+
+def test_what_is_still_known_is_drawn_a_panel_for_each_layout(tmp_path: Path):
+    questions = asked(age=0), asked(age=20, text="blue")
+    window = Keeping("window", "window", share=0.25)
+    native = [showing(*questions), showing(*questions, keeping=window)]
+    plot_recall(score_recall(native), tmp_path / "one.png", "a model")
+    plot_recall(score_recall([*native, showing(*questions, layout="turns")]), tmp_path / "two.png", "a model")
+    one, two = (cv2.imread(str(tmp_path / name)) for name in ("one.png", "two.png"))
+    assert one is not None and two is not None
+    assert two.shape[0] == 2 * one.shape[0]
+    assert ink(tmp_path / "one.png") > 0.01
 
 
 def test_a_place_that_is_none_is_refused_beforehand(tmp_path: Path):

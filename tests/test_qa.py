@@ -9,7 +9,7 @@ from oracle import running_oracle
 
 from onlooker.tools.qa import Sockets
 from onlooker.tools.report import page_of
-from onlooker.tools.scenario import Part, Setting, comparison, rounds_scenario, stories_scenario
+from onlooker.tools.scenario import KEEPINGS, Part, Setting, comparison, recall, rounds_scenario, stories_scenario
 
 ROUNDS = rounds_scenario(0, 1, Setting("native", 2))
 BOTH = [Setting("native", 4), Setting("turns", 4)]
@@ -96,6 +96,20 @@ def test_layouts_are_compared():
     assert report["score"]["all"] == {"num": 4, "of": 4}
 
 
+def test_ways_to_keep_are_compared_and_drawn(tmp_path: Path):
+    parts = recall(0, 2, [16], 3, [Setting("native", 2, keeping) for keeping in KEEPINGS])
+    flags = ("--compare", "retention", "--streams", 2, "--chunks", 16, "--questions", 3)
+    ended = asked_of(parts, *flags, "--json", "--plot", tmp_path / "ages.png")
+    assert ended.status == 0
+    rows = {row["keeping"]["name"]: row for row in ended.json["recall"]}
+    assert list(rows) == [keeping.name for keeping in KEEPINGS]
+    # The oracle tells the moment by the frames it has: it is lost where a gate leaves some out.
+    assert all(row["right"] == {"num": 6, "of": 6} for name, row in rows.items() if "gate" not in name)
+    assert all((row["gated_frames"] > 0) == ("gate" in name) for name, row in rows.items())
+    assert (tmp_path / "ages.png").stat().st_size > 10_000
+    assert "held" in page_of(ended.json, "").verdict.text
+
+
 @pytest.mark.parametrize(
     ("flags", "mistake"),
     [
@@ -106,6 +120,7 @@ def test_layouts_are_compared():
         (("--compare", "chunks", "--chunks", "5"), "multiple of 24"),
         (("--compare", "chunks", "--chunk-frames", "2"), "leave out --chunk-frames"),
         (("--compare", "layouts", "--layout", "turns"), "leave out --layout"),
+        (("--compare", "retention", "--chunks", "8"), "too few"),
         (("--plot", "/nowhere/at/all/x.png"), "there is no folder"),
     ],
 )

@@ -5,7 +5,17 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from onlooker.tools.scenario import LAYOUTS, Part, Setting, comparison, rounds_scenario, stories_scenario
+from onlooker.tools.scenario import (
+    KEEPINGS,
+    LAYOUTS,
+    Part,
+    Setting,
+    age_span,
+    comparison,
+    recall,
+    rounds_scenario,
+    stories_scenario,
+)
 from onlooker.tools.scene_questions import KINDS, ask_about
 from onlooker.tools.story import SHAPES
 
@@ -115,3 +125,43 @@ def test_a_storm_has_as_many_questions_as_it_is_to_have_and_the_same_ones_again(
     assert len(script.storm(4, 20)) == 20
     assert script.storm(4, 20) == script.storm(4, 20)
     assert script.storm(4, 0) == []
+
+
+KEPT = [Setting("native", 2, keeping) for keeping in KEEPINGS]
+
+
+def test_every_way_to_keep_is_shown_the_same_and_asked_the_same():
+    parts = recall(0, 2, [24], 6, KEPT)
+    assert [part.setting.keeping for part in parts] == [*KEEPINGS, *KEEPINGS]
+    assert [part.script for part in parts] == [parts[0].script] * len(KEPT) + [parts[-1].script] * len(KEPT)
+    assert parts[0].script != parts[-1].script
+
+
+def test_the_age_of_a_question_is_how_many_chunks_ago_the_thing_was_seen():
+    for script, _ in recall(3, 20, [32], 8, KEPT[:1]):
+        for num_frames, quiz, age in script.queries:
+            shape = next(shape for shape in SHAPES if shape in quiz.question)
+            things = [thing for thing in script.story.things if thing.shape == shape]
+            seen = [(i, thing) for i in range(num_frames) for thing in things if thing.is_visible(script.times_s[i])]
+            assert {thing.colour for _, thing in seen} == {quiz.answer}
+            assert age == (num_frames - 1 - seen[-1][0]) // 2
+
+
+def test_all_ages_are_asked_about_equally_often_and_late():
+    scripts = [part.script for part in recall(0, 60, [48], 12, KEPT[:1])]
+    queries = [query for script in scripts for query in script.queries]
+    nums = Counter(age_span(query.age or 0) for query in queries)
+    assert list(sorted(nums)) == [(0, 0), (1, 4), (5, 8), (9, 16), (17, 24), (25, 32), (33, 48)]
+    assert max(nums.values()) < 1.5 * min(nums.values())
+    assert min(query.num_frames for query in queries) > 48
+
+
+def test_a_fixed_camera_sees_nothing_for_a_good_part_of_the_time():
+    for script, _ in recall(0, 20, [48], 1, KEPT[:1]):
+        is_busy = [any(thing.is_visible(time_s) for thing in script.story.things) for time_s in script.times_s]
+        assert 0.2 < sum(is_busy) / len(is_busy) < 0.8
+
+
+def test_a_stream_that_is_too_short_to_forget_anything_is_refused():
+    with pytest.raises(ValueError, match="16 would do"):
+        recall(0, 1, [48, 8], 1, KEPT)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from onlooker.tools.scene_questions import KINDS, Quiz, ask_about, corpus, is_right, place_of, three_rounds
+from onlooker.tools.scene_questions import KINDS, Quiz, ask_about, ask_back, corpus, is_right, place_of, three_rounds
 from onlooker.tools.scene_wordings import WORDINGS
 from onlooker.tools.story import COLOURS, SHAPES, Story, Thing, make_plain_story, make_story
 
@@ -314,3 +314,17 @@ def test_there_are_always_enough_wrong_seconds():
         quiz = ask_about(story, np.arange(0, 8, 0.5), np.random.default_rng(seed), kind="when_x")
         assert quiz is not None
         assert len(quiz.options) == 4
+
+
+def test_colours_are_asked_for_with_how_long_ago_the_thing_was_seen():
+    things = (
+        ("red circle", 0, 2),
+        ("blue square", 3, 4),
+        ("red circle", 5, 6),
+        ("green square", 7, 8),
+        ("red star", 8, 20),
+    )
+    known = ask_back(with_things(*things), times_until(10), np.random.default_rng(0))
+    assert [(each.quiz.answer, each.num_frames_ago) for each in known] == [("red", 8), ("red", 0)]
+    assert ["circle" in known[0].quiz.question, "star" in known[1].quiz.question] == [True, True]
+    assert ask_back(with_things(*things), times_until(0.5), np.random.default_rng(0))[0].num_frames_ago == 0

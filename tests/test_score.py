@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from replies import asked, showing
 
-from onlooker.tools.score import Count, Lean, compare, score, score_choices, sign_test, surprise
+from onlooker.tools.scenario import EVERYTHING, Keeping
+from onlooker.tools.score import (
+    AgeScore,
+    Count,
+    Lean,
+    compare,
+    score,
+    score_choices,
+    score_recall,
+    sign_test,
+    surprise,
+)
 from onlooker.tools.showing import Asked
 
 
@@ -42,6 +53,30 @@ def test_settings_are_compared_by_their_means():
     assert (first.chunk_frames, first.right, first.frames, first.tokens) == (4, Count(1, 2), 20, 50)
     assert (first.encode_ms, first.first_token_ms, first.answer_ms) == (2.0, 2, 10)
     assert (second.chunk_frames, second.encode_ms) == (8, 1.0)
+
+
+def test_what_is_still_known_is_counted_by_way_to_keep_and_age():
+    thin = Keeping("thin", "thin", share=0.25)
+    first = [asked(age=0), asked(age=40), asked(age=47, text="blue")]
+    second = [asked(age=3), asked(age=34), asked()]  # one that is not about the past
+    whole, other, left = score_recall(
+        [
+            showing(*first),
+            showing(*first, keeping=thin, num_chunks=2, num_gated=10),
+            showing(*first, layout="turns"),
+            showing(*second),
+            showing(*second, keeping=thin, num_chunks=4),
+        ]
+    )
+    assert [(row.layout, row.keeping) for row in (whole, other, left)] == [
+        ("native", EVERYTHING),
+        ("native", thin),
+        ("turns", EVERYTHING),
+    ]
+    ages = [AgeScore(0, 0, Count(1, 1)), AgeScore(1, 4, Count(1, 1)), AgeScore(33, 48, Count(2, 3))]
+    assert whole.ages == other.ages == ages
+    assert whole.right == Count(4, 5)
+    assert (other.logical_bytes, other.gated_frames) == (60, 5)
 
 
 # Choices

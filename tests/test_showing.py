@@ -9,17 +9,18 @@ from nodes import running_node
 from oracle import Oracle
 
 from onlooker.node.chunk import Picture
+from onlooker.node.options import StreamOptions
 from onlooker.protocol.client import NodeClient
 from onlooker.protocol.errors import NodeError
 from onlooker.tools.link import LOSSLESS_IN_FLIGHT, Link
-from onlooker.tools.scenario import Part, Setting, rounds_scenario, stories_scenario
+from onlooker.tools.scenario import EVERYTHING, Keeping, Part, Setting, recall, rounds_scenario, stories_scenario
 from onlooker.tools.showing import LostFramesError, Manner, show
 
 ROUNDS = rounds_scenario(0, 1, Setting("native", 2))
 STORIES = stories_scenario(1, 2, [3, 5], 6, [Setting("native", 4), Setting("turns", 2)])
 
 
-class Keeping(Oracle):
+class Remembering(Oracle):
     """Keeps what a stream had seen when it was removed."""
 
     kept: list[Picture]
@@ -48,7 +49,7 @@ def shown(parts: list[Part], manner: Manner | None = None, **settings):
 
 
 def test_the_memory_gets_every_frame_with_its_pixels_and_its_time():
-    with Keeping(STORIES) as engine, way_to(engine) as (client, link):
+    with Remembering(STORIES) as engine, way_to(engine) as (client, link):
         for part, showing in zip(STORIES, show(STORIES, client, link), strict=True):
             script = part.script
             assert showing.memory.num_frames == script.num_frames
@@ -119,3 +120,35 @@ def test_another_refusal_is_not_asked_again():
         engine.fail_ask = NodeError("INTERNAL", "it broke")
         with pytest.raises(NodeError, match="it broke"):
             list(show(ROUNDS, client, link))
+
+
+class Configured(Oracle):
+    """Keeps how its newest stream was configured."""
+
+    configured: StreamOptions
+
+    def add_stream(self, options: StreamOptions):
+        self.configured = options
+        return super().add_stream(options)
+
+
+def test_a_way_to_keep_is_how_its_stream_is_configured_with_a_share_of_what_everything_took():
+    keepings = [EVERYTHING, Keeping("some", "thin", gate=200.0, drop=0.9, share=0.25)]
+    parts = recall(0, 1, [16], 2, [Setting("native", 2, keeping) for keeping in keepings])
+    with Configured(parts) as engine, way_to(engine) as (client, link):
+        whole, some = show(parts, client, link)
+    options = engine.configured
+    assert (options.retention, options.gate, options.drop) == ("thin", 200.0, 0.9)
+    assert options.memory_bytes == whole.memory.logical_bytes // 4
+    assert whole.num_gated == 0
+    assert some.num_gated + some.memory.num_frames == 32
+
+
+def test_a_memory_that_is_meant_to_be_full_does_not_end_it():
+    keepings = [EVERYTHING, Keeping("stop", share=0.25)]
+    parts = recall(0, 1, [16], 2, [Setting("native", 2, keeping) for keeping in keepings])
+    with Oracle(parts) as engine, way_to(engine) as (client, link):
+        showings = show(parts, client, link)
+        next(showings)
+        engine.capacity_tokens = 40
+        assert next(showings).memory.num_frames == 10

@@ -20,7 +20,7 @@ from ..protocol.messages import CacheInfo
 from .check import Check
 from .link import Link
 from .scenario import Part
-from .score import ChoiceScore, Count, Score, SettingScore, compare, score, score_choices
+from .score import ChoiceScore, Count, RecallScore, Score, SettingScore, compare, score, score_choices, score_recall
 from .showing import Asked, Manner, Showing, show
 
 Track = Callable[[Iterator[Showing], int], Iterable[Showing]]
@@ -36,6 +36,7 @@ class Plan:
     num_storm: int = 0  # further questions after each chunk, in a second showing of everything
     min_accuracy: float = 0.0
     compares: bool = False  # the parts are the same scripts in several settings
+    forgets: bool = False  # the settings are ways to keep, which is what is compared
 
 
 class Storm(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +63,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     checks: list[Check]
     seconds: float
     showings: list[Showing]
+    recall: list[RecallScore] = []
 
     @property
     def held(self) -> bool:
@@ -90,7 +92,8 @@ def examine(plan: Plan, node: NodeClient, link: Link, track: Track = as_it_comes
         stormy = show(plan.parts, node, link, Manner(num_storm=plan.num_storm))
         storm = _storm(showings, list(track(stormy, len(plan.parts))))
     hello, scored = node.hello(), score(showings)
-    checks = [check_traces(showings), check_growth(showings), check_bytes(showings)]
+    checks = [check_traces(showings)]
+    checks += [check_room(showings)] if plan.forgets else [check_growth(showings), check_bytes(showings)]
     if plan.min_accuracy:
         checks.insert(0, check_answers(scored.all, plan.min_accuracy))
     return Report(
@@ -105,6 +108,7 @@ def examine(plan: Plan, node: NodeClient, link: Link, track: Track = as_it_comes
         checks=[*checks, *([] if storm is None else [check_storm(storm)])],
         seconds=time.monotonic() - started,
         showings=showings,
+        recall=score_recall(showings) if plan.forgets else [],
     )
 
 
@@ -151,6 +155,20 @@ def check_bytes(showings: Sequence[Showing]) -> Check:
     risen = all(late.logical_bytes > early.logical_bytes for early, late in _steps(showings))
     figures = f"bytes are those of the tokens {whole} of {len(caches)} times"
     return Check(promise="the bytes rise with it", held=risen and whole == len(caches), figures=figures)
+
+
+def check_room(showings: Sequence[Showing]) -> Check:
+    """Whether of each script all memories had the same room, but the one that keeps everything, and none took more."""
+    limited = [showing for showing in showings if showing.setting.keeping.share < 1]
+    rooms = {(each.seed, each.setting.layout, each.memory.resident_bytes) for each in limited}
+    caches = [asked.before for showing in limited for asked in showing.asked]
+    within = sum(cache.logical_bytes <= cache.resident_bytes for cache in caches)
+    num_scripts = len({(each.seed, each.setting.layout) for each in limited})
+    return Check(
+        promise="every way to keep has the same bytes",
+        held=len(rooms) == num_scripts and within == len(caches),
+        figures=f"{len(rooms)} sizes for {num_scripts} streams; within them {within} of {len(caches)} times",
+    )
 
 
 def check_storm(storm: Storm) -> Check:

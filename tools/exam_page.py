@@ -15,8 +15,9 @@ from .exam_tables import (
     lengths_table,
     places_text,
     questions_table,
+    recall_tables,
 )
-from .plot import kinds_panel, lengths_panel, settings_panels
+from .plot import kinds_panel, lengths_panel, recall_panels, settings_panels
 from .quantity import bytes_text, ms_text, seconds_text
 from .report_page import Cell, Column, Fact, Page, Plots, Sentences, Table, Tile, Tone, Verdict, machine_facts
 
@@ -71,6 +72,10 @@ def _tiles(report: Report) -> list[Tile]:
 def _parts(report: Report) -> Iterator[Table | Plots | Sentences]:
     yield _checks_table(report)
     yield Sentences("Notice", [report.notice] if report.notice else [])
+    if report.recall:
+        yield Plots("What is still known, by how long ago it was seen", recall_panels(report.recall))
+        yield from map(table_of, recall_tables(report.recall))
+        return
     if report.comparison:
         yield Plots("Settings against each other", settings_panels(report.comparison))
         yield table_of(comparison_table(report.comparison))

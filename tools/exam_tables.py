@@ -13,7 +13,7 @@ from .ask import visible
 from .check import checks_table
 from .exam import Report
 from .quantity import bytes_text, ms_text, seconds_text
-from .score import ChoiceScore, Count, Score, SettingScore
+from .score import ChoiceScore, Count, RecallScore, Score, SettingScore
 from .showing import Asked
 
 MAX_LISTED = 60
@@ -25,14 +25,17 @@ def print_report(report: Report) -> None:
     """Print the questions one by one where they are few, else the scores and some of the mistakes."""
     console = Console()
     asked = report.asked
-    if len(asked) <= MAX_LISTED and report.scenario == "rounds":
+    if report.recall:
+        for table in recall_tables(report.recall):
+            console.print(table)
+    elif len(asked) <= MAX_LISTED and report.scenario == "rounds":
         console.print(questions_table("Questions and answers", asked))
     elif mistakes := [each for each in asked if not each.right]:
         title = f"Mistakes, the first {MAX_MISTAKES} of {len(mistakes)}"
         console.print(questions_table(title if len(mistakes) > MAX_MISTAKES else "Mistakes", mistakes[:MAX_MISTAKES]))
     if report.comparison:
         console.print(comparison_table(report.comparison))
-    if report.scenario != "rounds":
+    if report.scenario != "rounds" and not report.recall:
         console.print(kinds_table(report.score, report.storm and report.storm.score))
         if not report.comparison:  # chunks of several sizes have no common length
             console.print(lengths_table(report.score))
@@ -91,9 +94,12 @@ def lengths_table(score: Score) -> Table:
     layouts = list(score.by_layout)
     table = _table("Right answers by length of the memory", "chunks", *layouts, "all")
     for row in score.lengths:
-        span = str(row.first) if row.first == row.last else f"{row.first} to {row.last}"
-        table.add_row(span, *_cells(row.by_layout, layouts), _share_text(row.all))
+        table.add_row(_span_text(row.first, row.last), *_cells(row.by_layout, layouts), _share_text(row.all))
     return table
+
+
+def _span_text(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first} to {last}"
 
 
 def _cells(by_layout: dict[str, Count], layouts: Sequence[str]) -> list[str]:
@@ -119,6 +125,41 @@ def comparison_table(rows: Sequence[SettingScore]) -> Table:
             _ms_text(row.encode_ms),
             _ms_text(row.first_token_ms),
             _ms_text(row.answer_ms),
+        )
+    return table
+
+
+def recall_tables(rows: Sequence[RecallScore]) -> list[Table]:
+    """Right answers by how long ago the thing that was asked for was seen last, by layout, and what that took."""
+    layouts = list(dict.fromkeys(row.layout for row in rows))
+    ages = [_ages_table(layout, [row for row in rows if row.layout == layout]) for layout in layouts]
+    return [*ages, _keepings_table(rows)]
+
+
+def _ages_table(layout: str, rows: Sequence[RecallScore]) -> Table:
+    table = _table(f"Right answers by age, {layout}: chunks since the thing was seen last", "kept")
+    for name in (*(_span_text(age.first, age.last) for age in rows[0].ages), "all"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        counts = [*(age.right for age in row.ages), row.right]
+        table.add_row(row.keeping.name, *(f"{count.share:.0%}" if count.of else "-" for count in counts))
+    table.add_section()
+    table.add_row("questions", *(str(age.right.of) for age in rows[0].ages), str(rows[0].right.of))
+    return table
+
+
+def _keepings_table(rows: Sequence[RecallScore]) -> Table:
+    table = _table("Their memories at the end, in the mean", "layout", "kept")
+    for column in ("memory", "reaches back", "frames gated", "tokens dropped"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row.layout,
+            row.keeping.name,
+            bytes_text(round(row.logical_bytes)),
+            seconds_text(row.seconds),
+            f"{row.gated_frames:.1f}",
+            f"{row.dropped_tokens:.1f}",
         )
     return table
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..protocol.errors import OnlookerError
 from .panel import Panel
-from .score import Count, Score, SettingScore
+from .score import Count, RecallScore, Score, SettingScore
+from .story import COLOURS as STORY_COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 COLOURS = {"native": "#0b6bb3", "turns": "#d1690e"}
 MARKERS = {"native": "o", "turns": "s"}
+_RECALL_MARKERS = "osD^vPX*"
 Z_95 = 1.96
 INTERVAL = "bars: 95 % interval"
 
@@ -50,6 +52,16 @@ def plot_settings(rows: Sequence[SettingScore], path: Path, title: str) -> None:
     _save(figure, path, title)
 
 
+def plot_recall(rows: Sequence[RecallScore], path: Path, title: str) -> None:
+    """Draw the share of right answers of each way to keep against how long ago the thing was seen, by layout."""
+    panels = recall_panels(rows)
+    figure = _figure(9, 5.5 * len(panels))
+    for panel, axes in zip(panels, figure.subplots(len(panels), squeeze=False).flat, strict=True):
+        panel.draw(axes)
+        axes.set_title(panel.caption)
+    _save(figure, path, title)
+
+
 def lengths_panel(score: Score) -> Panel:
     """The share of right answers against the number of chunks in the memory, by layout."""
     return Panel("Right answers by the length of the memory", partial(_draw_lengths, score))
@@ -70,10 +82,44 @@ def settings_panels(rows: Sequence[SettingScore]) -> list[Panel]:
     ]
 
 
-def _draw_lengths(score: Score, axes: Axes) -> None:
-    spans = [
-        str(each.first) if each.first == each.last else f"{each.first}\N{EN DASH}{each.last}" for each in score.lengths
+def recall_panels(rows: Sequence[RecallScore]) -> list[Panel]:
+    """The share of right answers of each way to keep against how long ago the thing was seen; a panel a layout."""
+    layouts = list(dict.fromkeys(row.layout for row in rows))
+    return [
+        Panel(f"Right answers by age, {layout}", partial(_draw_recall, [row for row in rows if row.layout == layout]))
+        for layout in layouts
     ]
+
+
+def _draw_recall(rows: Sequence[RecallScore], axes: Axes) -> None:
+    num_asked = {(age.first, age.last): age.right.of for age in rows[0].ages}  # the same of every row
+    spans = list(num_asked)
+    for i, row in enumerate(rows):
+        axes.errorbar(
+            [spans.index((age.first, age.last)) + _shift(i, len(rows)) / 2 for age in row.ages],
+            [100 * age.right.share for age in row.ages],
+            yerr=_bars([age.right for age in row.ages]),
+            color="black" if row.keeping.share == 1 else None,
+            marker=_RECALL_MARKERS[i % len(_RECALL_MARKERS)],
+            linestyle="--" if row.keeping.share == 1 else "-",
+            elinewidth=0.7,
+            capsize=2,
+            label=row.keeping.name,
+        )
+    axes.axhline(100 / len(STORY_COLOURS), color="grey", linewidth=0.8, linestyle=":", label="a blind guess")
+    _name_places(axes, [f"{_span_text(*span)}\n{num}" for span, num in num_asked.items()])
+    axes.set_xlabel("chunks since the thing was seen last, and how many were asked then")
+    axes.set_ylabel("right answers, %")
+    axes.set_ylim(-3, 103)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title=INTERVAL, frameon=False)
+
+
+def _span_text(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}\N{EN DASH}{last}"
+
+
+def _draw_lengths(score: Score, axes: Axes) -> None:
+    spans = [_span_text(each.first, each.last) for each in score.lengths]
     layouts = list(score.by_layout)
     for i, layout in enumerate(layouts):
         counts = [each.by_layout.get(layout, Count(0, 0)) for each in score.lengths]

@@ -3,6 +3,7 @@
     onlooker qa --model builtin                        three rounds, on a node that is started for it
     onlooker qa --scenario stories --plot lengths.png  held-out stories, on the node that runs
     onlooker qa --compare chunks --model ./mine        the same stories in chunks of 1, 2, 4, 6 and 8 frames
+    onlooker qa --compare retention --streams 90       what a memory still knows that holds a quarter, by how it forgets
 
 Coloured shapes are drawn, shown to the node as a camera would, and asked about. An answer is right if it says what was
 asked for and nothing else, case and articles apart: a model that talks more is better judged by its choices.
@@ -43,18 +44,32 @@ from .link import LOSSLESS_IN_FLIGHT, Link
 from .machine import machine
 from .node import require_node
 from .node_process import running_node
-from .plot import check_plot, plot_lengths, plot_settings
-from .scenario import CHUNK_FRAMES, LAYOUTS, Layout, Part, Setting, comparison, rounds_scenario, stories_scenario
+from .plot import check_plot, plot_lengths, plot_recall, plot_settings
+from .scenario import (
+    CHUNK_FRAMES,
+    EVERYTHING,
+    KEEPINGS,
+    LAYOUTS,
+    Layout,
+    Part,
+    Setting,
+    comparison,
+    recall,
+    rounds_scenario,
+    stories_scenario,
+)
 from .showing import Showing
 
 ScenarioName = Literal["rounds", "stories"]
 LayoutName = Literal["native", "turns", "both"]
-Compared = Literal["chunks", "layouts"]
+Compared = Literal["chunks", "layouts", "retention"]
 
 ROUNDS_CHUNK_FRAMES = 2
 STORIES_CHUNK_FRAMES = 4
 STORIES_CHUNKS = "1,2,4,8,16,24"
 COMPARED_CHUNKS = "6,12"
+RECALL_CHUNK_FRAMES = 2
+RECALL_CHUNKS = "48"
 
 
 class Sockets(NamedTuple):
@@ -90,7 +105,8 @@ def qa(
     chunk_frames: Annotated[int | None, typer.Option(help="Frames a chunk: 1, 2, 4, 6 or 8.")] = None,
     layout: Annotated[LayoutName | None, typer.Option(help="Of the streams; with both, they take turns.")] = None,
     compare: Annotated[
-        Compared | None, typer.Option(help="Show each story in every chunk size, or in both layouts.")
+        Compared | None,
+        typer.Option(help="Show each story in every chunk size, in both layouts, or kept in all ways."),
     ] = None,
     storm: Annotated[
         int, typer.Option(min=0, help="Show it all again, with so many more questions after each chunk.")
@@ -120,7 +136,7 @@ def qa(
     `onlooker report` makes a page of its JSON.
     """
     is_stories = scenario == "stories" or compare is not None
-    default_chunks = COMPARED_CHUNKS if compare else STORIES_CHUNKS
+    default_chunks = RECALL_CHUNKS if compare == "retention" else COMPARED_CHUNKS if compare else STORIES_CHUNKS
     extent = Extent(seed, rounds, streams, _lengths(chunks or default_chunks), questions)
     try:
         parts = _parts(is_stories, extent, _settings(is_stories, chunk_frames, layout, compare), compare)
@@ -132,7 +148,8 @@ def qa(
         with_choices=choice,
         num_storm=storm,
         min_accuracy=(0.0 if is_stories else 1.0) if min_accuracy is None else min_accuracy,
-        compares=compare is not None,
+        compares=compare is not None and compare != "retention",
+        forgets=compare == "retention",
     )
     if plot:
         check_plot(plot)
@@ -200,15 +217,20 @@ def _settings(
     if chunk_frames is not None and chunk_frames not in CHUNK_FRAMES:
         raise ValueError(f"chunk frames are one of {', '.join(map(str, CHUNK_FRAMES))}, got {chunk_frames}")
     default_frames = STORIES_CHUNK_FRAMES if is_stories else ROUNDS_CHUNK_FRAMES
+    if compare == "retention":
+        default_frames = RECALL_CHUNK_FRAMES
     sizes = CHUNK_FRAMES if compare == "chunks" else (chunk_frames or default_frames,)
     if layout is None:
         layout = "both" if compare == "layouts" or (is_stories and not compare) else "native"
     layouts: tuple[Layout, ...] = LAYOUTS if layout == "both" else (layout,)
-    return [Setting(each, size) for each in layouts for size in sizes]
+    keepings = KEEPINGS if compare == "retention" else (EVERYTHING,)
+    return [Setting(each, size, keeping) for each in layouts for size in sizes for keeping in keepings]
 
 
 def _parts(is_stories: bool, extent: Extent, settings: list[Setting], compare: Compared | None) -> list[Part]:
     """What is shown. Raises ValueError for what does not fit together."""
+    if compare == "retention":
+        return recall(extent.seed, extent.num_streams, extent.lengths, extent.num_questions, settings)
     if compare:
         # A story is as long in every setting as its chunks would be of the usual size.
         size = settings[0].chunk_frames if compare == "layouts" else STORIES_CHUNK_FRAMES
@@ -228,7 +250,9 @@ def _lengths(text: str) -> list[int]:
 
 def _draw(report: Report, path: Path) -> None:
     title = f"{report.model}: {report.score.all} answers are right"
-    if report.comparison:
+    if report.recall:
+        plot_recall(report.recall, path, title)
+    elif report.comparison:
         plot_settings(report.comparison, path, title)
     else:
         plot_lengths(report.score, path, title)

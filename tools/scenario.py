@@ -13,9 +13,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from .scene_questions import KINDS, Quiz, ask_about, three_rounds
+from ..protocol.messages import RetentionName
+from .scene_questions import KINDS, Quiz, ask_about, ask_back, three_rounds
 from .scenes import FRAMES_AT_ONCE, render
-from .story import Story, make_camera_story
+from .story import Story, make_camera_story, make_story
 
 Layout = Literal["native", "turns"]
 
@@ -26,12 +27,51 @@ CAMERA_SIZES = ((320, 240), (320, 180), (240, 240), (240, 320), (180, 320))  # w
 ROUND_FRAMES = 2
 JITTER = 0.02  # of a frame's time
 
+# A fixed camera, before which now and then something is, and half of the time nothing.
+FIXED_FPS = 2.0
+FIXED_SHOW_CHUNKS = 2  # or longer
+FIXED_GAP_CHUNKS = 3
+MAX_FIXED_THINGS = 6
+MIN_RECALL_CHUNKS = 16  # so that a share of their memory holds more than a chunk
+
+AGE_BOUNDS = (0, 4, 8, 16, 24, 32, 48)  # chunks; a span of ages ends with each
+
+
+class Keeping(msgspec.Struct, frozen=True):
+    """What of a stream its memory takes in, and what of that stays."""
+
+    name: str
+    retention: RetentionName = "stop"
+    gate: float = 0.0  # grey levels
+    drop: float = 1.0  # cosine similarity
+    share: float = 1.0  # of the bytes that everything takes
+
+    @property
+    def leaves_out(self) -> set[str]:
+        """Why frames are dropped that the memory is not meant to take in."""
+        reasons = {"gated"} if self.gate else set()
+        return reasons | {"memory_full"} if self.share < 1 and self.retention == "stop" else reasons
+
+
+ROOM = 1 / 4
+EVERYTHING = Keeping("everything")
+KEEPINGS = (
+    EVERYTHING,
+    Keeping("stop", share=ROOM),
+    Keeping("window", "window", share=ROOM),
+    Keeping("thin", "thin", share=ROOM),
+    Keeping("gate + window", "window", gate=10.0, share=ROOM),
+    Keeping("drop + window", "window", drop=0.95, share=ROOM),
+    Keeping("gate + drop + thin", "thin", gate=10.0, drop=0.95, share=ROOM),
+)
+
 
 class Setting(msgspec.Struct, frozen=True):
     """How a stream is encoded."""
 
     layout: Layout
     chunk_frames: int
+    keeping: Keeping = EVERYTHING
 
     @property
     def has_clock(self) -> bool:
@@ -47,6 +87,7 @@ class Query(NamedTuple):
 
     num_frames: int
     quiz: Quiz
+    age: int | None = None  # chunks since what it asks for was seen last, where that is what is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,3 +212,69 @@ def _story_script(
                 break
     size = CAMERA_SIZES[int(rng.integers(len(CAMERA_SIZES)))]
     return Script(seed, story, tuple(times_s.tolist()), size, tuple(queries))
+
+
+def recall(
+    seed: int, num_streams: int, lengths: Sequence[int], num_questions: int, settings: Sequence[Setting]
+) -> list[Part]:
+    """The same fixed cameras in every setting, asked in the later half of each about things of all ages equally often.
+
+    Each script is shown in all settings before the next one. The lengths are in chunks, of one size in all settings.
+    Raises ValueError for one that is too short to forget anything.
+    """
+    if min(lengths) < MIN_RECALL_CHUNKS:
+        raise ValueError(f"{min(lengths)} chunks are too few to forget some: {MIN_RECALL_CHUNKS} would do")
+    size = settings[0].chunk_frames
+    asked: Counter[tuple[int, int]] = Counter()
+    scripts = [
+        _recall_script(_story_seed(seed, i), num_chunks, size, num_questions, asked)
+        for i, num_chunks in zip(range(num_streams), itertools.cycle(lengths), strict=False)
+    ]
+    return [Part(script, setting) for script in scripts for setting in settings]
+
+
+def _recall_script(
+    seed: int, num_chunks: int, size: int, num_questions: int, asked: Counter[tuple[int, int]]
+) -> Script:
+    """A question after each of some chunks, about a thing of the age that `asked` has least of."""
+    rng = np.random.default_rng([8, seed])
+    times_s = np.arange(num_chunks * size) / FIXED_FPS
+    chunk_s = size / FIXED_FPS
+    story = make_story(
+        seed,
+        split="test",
+        duration_s=num_chunks * chunk_s,
+        num_things=min(MAX_FIXED_THINGS, num_chunks // (FIXED_SHOW_CHUNKS + FIXED_GAP_CHUNKS)),
+        min_show_s=FIXED_SHOW_CHUNKS * chunk_s,
+        gap_s=FIXED_GAP_CHUNKS * chunk_s,
+        returning=0.0,
+    )
+    late = np.arange(num_chunks // 2, num_chunks) + 1
+    queries = []
+    for moment in np.sort(rng.permutation(late)[:num_questions]).tolist():
+        num_frames = moment * size
+        known = ask_back(story, times_s[:num_frames], rng, phrasings="test")
+        ages = [each.num_frames_ago // size for each in known]
+        if known:
+            i = min(range(len(known)), key=lambda i: (asked[age_span(ages[i])], rng.random()))
+            asked[age_span(ages[i])] += 1
+            queries.append(Query(num_frames, known[i].quiz, ages[i]))
+    size_px = CAMERA_SIZES[int(rng.integers(len(CAMERA_SIZES)))]
+    return Script(seed, story, tuple(times_s.tolist()), size_px, tuple(queries))
+
+
+def age_span(age: int) -> tuple[int, int]:
+    """The first and the last age, in chunks, of those that are counted together with this one."""
+    return span_of(age, AGE_BOUNDS, 0)
+
+
+def span_of(num: int, bounds: Sequence[int], first: int = 1) -> tuple[int, int]:
+    """The first and the last number of the span that a number is in; beyond the bounds, spans double."""
+    for last in bounds:
+        if num <= last:
+            return first, last
+        first = last + 1
+    doubled = bounds[-1]
+    while num > 2 * doubled:
+        doubled *= 2
+    return doubled + 1, 2 * doubled

@@ -180,6 +180,25 @@ def ask_about(
     return None
 
 
+class Recalled(NamedTuple):
+    """A question about a thing, and how many frames ago it was seen last; 0 while it is in view."""
+
+    num_frames_ago: int
+    quiz: Quiz
+
+
+def ask_back(
+    story: Story, frame_times_s: npt.ArrayLike, rng: np.random.Generator, *, phrasings: Phrasing = "train"
+) -> list[Recalled]:
+    """Ask for the colour of every shape that the frames shown so far have in one colour only."""
+    seen = _Seen(story, np.asarray(frame_times_s, np.float64))
+    newest = len(seen.times_s) - 1
+    return [
+        Recalled(newest - run.last, _worded("colour_of_shape", _colour_draft(seen, rng, run), rng, phrasings))
+        for run in _of_one_colour(seen)
+    ]
+
+
 def _kinds_in_turn(rng: np.random.Generator) -> list[str]:
     """All kinds in random order, those that fit seldom more often near the front."""
     turns = rng.exponential(size=len(KINDS)) / _ODDS
@@ -516,15 +535,24 @@ def _wrong_seconds(rng: np.random.Generator, right: int, others: list[int], seen
 
 
 def _colour_of_shape(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
-    colours: dict[str, set[str]] = {}
-    for run in seen.runs:
-        colours.setdefault(run.thing.shape, set()).add(run.thing.colour)
-    known = [shape for shape, its in colours.items() if len(its) == 1]
-    if not known:
-        return None
-    shape = known[rng.integers(len(known))]
-    (colour,) = colours[shape]
-    return _Draft(colour, _wrong_words(rng, (run.thing.colour for run in seen.runs), COLOURS), shape)
+    known = _of_one_colour(seen)
+    return _colour_draft(seen, rng, known[rng.integers(len(known))]) if known else None
+
+
+def _of_one_colour(seen: _Seen) -> list[_Run]:
+    """The last run of every shape that came in one colour only."""
+    lasts = {run.thing.shape: run for run in sorted(seen.runs, key=lambda run: run.last)}
+    return [
+        lasts[shape]
+        for shape in dict.fromkeys(run.thing.shape for run in seen.runs)
+        if len({run.thing.colour for run in seen.runs if run.thing.shape == shape}) == 1
+    ]
+
+
+def _colour_draft(seen: _Seen, rng: np.random.Generator, run: _Run) -> _Draft:
+    return _Draft(
+        run.thing.colour, _wrong_words(rng, (other.thing.colour for other in seen.runs), COLOURS), run.thing.shape
+    )
 
 
 def _nothing(seen: _Seen, rng: np.random.Generator) -> _Draft | None:

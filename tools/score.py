@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from ..protocol.messages import Choice, OptionScore
+from .scenario import Keeping, age_span, span_of
 from .scene_questions import KINDS, Quiz, is_right
 from .showing import Asked, Showing
 
@@ -67,7 +68,7 @@ def score(showings: Sequence[Showing]) -> Score:
     """Count what was answered rightly; kinds and lengths that never came are left out."""
     rows = [(showing, asked) for showing in showings for asked in showing.asked]
     kinds = _grouped(rows, lambda row: row[1].kind)
-    lengths = _grouped(rows, lambda row: _bucket(row[1].before.num_chunks))
+    lengths = _grouped(rows, lambda row: span_of(row[1].before.num_chunks, LENGTH_BOUNDS))
     return Score(
         _right(rows),
         _by_layout(rows),
@@ -93,18 +94,6 @@ def _right(rows: Sequence[_Row]) -> Count:
 def _by_layout(rows: Sequence[_Row]) -> dict[str, Count]:
     layouts = _grouped(rows, lambda row: row[0].setting.layout)
     return {layout: _right(layouts[layout]) for layout in sorted(layouts)}
-
-
-def _bucket(num_chunks: int) -> tuple[int, int]:
-    first = 1
-    for last in LENGTH_BOUNDS:
-        if num_chunks <= last:
-            return first, last
-        first = last + 1
-    doubled = LENGTH_BOUNDS[-1]
-    while num_chunks > 2 * doubled:
-        doubled *= 2
-    return doubled + 1, 2 * doubled
 
 
 # Choices
@@ -284,3 +273,51 @@ def encode_ms(showing: Showing) -> float:
 def _mean(values: Iterable[float]) -> float:
     listed = list(values)
     return sum(listed) / len(listed) if listed else math.nan
+
+
+# Ways to keep against each other
+
+
+class AgeScore(msgspec.Struct, frozen=True):
+    """Right answers about what was seen last `first` to `last` chunks ago."""
+
+    first: int
+    last: int
+    right: Count
+
+
+class RecallScore(msgspec.Struct, frozen=True, kw_only=True):
+    """What one way to keep remembers; memories are those at the ends of its showings, in the mean."""
+
+    layout: str
+    keeping: Keeping
+    right: Count
+    ages: list[AgeScore]
+    logical_bytes: float
+    seconds: float  # between the oldest and the newest frame that are left
+    gated_frames: float
+    dropped_tokens: float
+
+
+def score_recall(showings: Sequence[Showing]) -> list[RecallScore]:
+    """A row for each layout and way to keep, in the order in which they were shown."""
+    groups: dict[tuple[str, Keeping], list[Showing]] = defaultdict(list)
+    for showing in showings:
+        groups[showing.setting.layout, showing.setting.keeping].append(showing)
+    return [_recall_score(layout, keeping, its) for (layout, keeping), its in groups.items()]
+
+
+def _recall_score(layout: str, keeping: Keeping, showings: Sequence[Showing]) -> RecallScore:
+    rows = [(showing, asked) for showing in showings for asked in showing.asked if asked.age is not None]
+    ages = _grouped(rows, lambda row: age_span(row[1].age or 0))
+    memories = [showing.memory for showing in showings]
+    return RecallScore(
+        layout=layout,
+        keeping=keeping,
+        right=_right(rows),
+        ages=[AgeScore(first, last, _right(its)) for (first, last), its in sorted(ages.items())],
+        logical_bytes=_mean(memory.logical_bytes for memory in memories),
+        seconds=_mean(memory.seconds or 0.0 for memory in memories),
+        gated_frames=_mean(showing.num_gated for showing in showings),
+        dropped_tokens=_mean(memory.num_dropped_tokens for memory in memories),
+    )

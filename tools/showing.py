@@ -21,12 +21,12 @@ import numpy.typing as npt
 from ..protocol.camera import FramePublisher
 from ..protocol.client import NodeClient
 from ..protocol.errors import ErrorCode, NodeError, OnlookerError
-from ..protocol.messages import Answer, CacheInfo, Choice, StageTimings, StreamSpec, StreamStats
+from ..protocol.messages import UNSET, Answer, CacheInfo, Choice, StageTimings, StreamSpec, StreamStats, UnsetType
 from .feed import Feed, Stamp
 from .link import Link, stats_of
 from .playback import STALLED_AFTER_S, StalledError
 from .quantity import NS_PER_S, reasons_text
-from .scenario import Part, Query, Script, Setting
+from .scenario import Keeping, Part, Query, Script, Setting
 from .scene_questions import Quiz, is_right
 
 MAX_ANSWER_TOKENS = 48  # six things, listed
@@ -59,6 +59,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     after: CacheInfo
     answer: Answer
     choice: Choice | None
+    age: int | None = None  # chunks since what was asked for was seen last, where that is what is measured
 
     @property
     def is_traceless(self) -> bool:
@@ -82,6 +83,7 @@ class Showing(msgspec.Struct, frozen=True, kw_only=True):
     stages: StageTimings
     num_storm: int  # questions between the chunks, beside those of the script
     num_storm_traces: int
+    num_gated: int = 0  # frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +97,19 @@ class Manner:
 def show(parts: Sequence[Part], node: NodeClient, link: Link, manner: Manner | None = None) -> Iterator[Showing]:
     """Show the parts of a scenario one after the other.
 
-    Raises LostFramesError, StalledError, and the errors of the client and the publisher.
+    Where a memory is to have a share of the bytes that everything takes, they are those of the last one before it that
+    had all it wanted. Raises LostFramesError, StalledError, and the errors of the client and the publisher.
     """
     run = uuid.uuid4().hex[:8]
+    whole_bytes = 0
     with ThreadPoolExecutor(NUM_ASKERS) as askers:
         for i, part in enumerate(parts):
-            yield _Stage(f"qa-{run}-{i}", part, node, askers, manner or Manner()).show(link)
+            share = part.setting.keeping.share
+            memory_bytes = int(share * whole_bytes) if share < 1 else UNSET
+            showing = _Stage(f"qa-{run}-{i}", part, node, askers, manner or Manner()).show(link, memory_bytes)
+            if share == 1:
+                whole_bytes = showing.memory.logical_bytes
+            yield showing
 
 
 class _Stage:
@@ -110,11 +119,12 @@ class _Stage:
         self._stream = stream
         self._script: Script = part.script
         self._setting: Setting = part.setting
+        self._keeping: Keeping = part.setting.keeping
         self._node = node
         self._askers = askers
         self._manner = manner
 
-    def show(self, link: Link) -> Showing:
+    def show(self, link: Link, memory_bytes: int | UnsetType) -> Showing:
         """Add the stream, show the script, and remove the stream, whatever happens."""
         setting = self._setting
         self._node.add_stream(
@@ -123,8 +133,10 @@ class _Stage:
                 chunk_frames=setting.chunk_frames,
                 layout=setting.layout,
                 stride=1,
-                gate=0,  # every frame is waited for
-                retention="stop",  # all that was shown is asked about
+                gate=self._keeping.gate,
+                drop=self._keeping.drop,
+                retention=self._keeping.retention,
+                memory_bytes=memory_bytes,
             )
         )
         try:
@@ -142,6 +154,7 @@ class _Stage:
             stages=stats.stages,
             num_storm=len(storm),
             num_storm_traces=sum(not reply.memory.unchanged for reply in storm),
+            num_gated=stats.frames.dropped.get("gated", 0),
         )
 
     def _play(self, publisher: FramePublisher) -> tuple[list[Asked], list[Answer | Choice]]:
@@ -166,17 +179,23 @@ class _Stage:
         return num_sent + len(pictures)
 
     def _wait_encoded(self, num_frames: int) -> CacheInfo:
-        """Wait until the memory holds so many frames."""
+        """Wait until so many frames were in the memory or were left out; a gate may leave part of a chunk waiting."""
+        slack = self._setting.chunk_frames - 1 if self._keeping.gate else 0
         newest, progressed = -1, time.monotonic()
-        while (stats := stats_of(self._node, self._stream)).cache.num_frames < num_frames:
-            if any(stats.frames.dropped.values()):
-                raise LostFramesError(stats)
-            if stats.cache.num_frames > newest:
-                newest, progressed = stats.cache.num_frames, time.monotonic()
+        while (num_done := self._num_done(stats := stats_of(self._node, self._stream))) < num_frames - slack:
+            if num_done > newest:
+                newest, progressed = num_done, time.monotonic()
             elif time.monotonic() - progressed > STALLED_AFTER_S:
                 raise StalledError(stats)
             time.sleep(POLL_S)
         return stats.cache
+
+    def _num_done(self, stats: StreamStats) -> int:
+        """How many frames the memory has had, or was not meant to have. Raises LostFramesError for any other."""
+        dropped = {reason: num for reason, num in stats.frames.dropped.items() if num}
+        if not dropped.keys() <= self._keeping.leaves_out:
+            raise LostFramesError(stats)
+        return stats.cache.num_frames + stats.cache.num_forgotten_frames + sum(dropped.values())
 
     def _ask_all(self, queries: Sequence[Query], before: CacheInfo) -> list[Asked]:
         """Ask what is due at the same time; the node decodes it together."""
@@ -193,8 +212,9 @@ class _Stage:
                 after=after,
                 answer=answer,
                 choice=choice,
+                age=age,
             )
-            for (_, quiz), (answer, choice) in zip(queries, replies, strict=True)
+            for (_, quiz, age), (answer, choice) in zip(queries, replies, strict=True)
         ]
 
     def _ask(self, quiz: Quiz) -> tuple[Answer, Choice | None]:
