@@ -97,14 +97,14 @@ def test_layouts_are_compared():
 
 
 def test_ways_to_keep_are_compared_and_drawn(tmp_path: Path):
-    parts = recall(0, 2, [16], 3, [Setting("native", 2, keeping) for keeping in KEEPINGS])
-    flags = ("--compare", "retention", "--streams", 2, "--chunks", 16, "--questions", 3)
+    parts = recall(0, 1, [16], 3, [Setting("native", 2, keeping) for keeping in KEEPINGS])
+    flags = ("--compare", "retention", "--streams", 1, "--chunks", 16, "--questions", 3)
     ended = asked_of(parts, *flags, "--json", "--plot", tmp_path / "ages.png")
     assert ended.status == 0
     rows = {row["keeping"]["name"]: row for row in ended.json["recall"]}
     assert list(rows) == [keeping.name for keeping in KEEPINGS]
     # The oracle tells the moment by the frames it has: it is lost where a gate leaves some out.
-    assert all(row["right"] == {"num": 6, "of": 6} for name, row in rows.items() if "gate" not in name)
+    assert all(row["right"] == {"num": 3, "of": 3} for name, row in rows.items() if "gate" not in name)
     assert all((row["gated_frames"] > 0) == ("gate" in name) for name, row in rows.items())
     assert (tmp_path / "ages.png").stat().st_size > 10_000
     assert "held" in page_of(ended.json, "").verdict.text
