@@ -249,6 +249,10 @@ class StreamDefaults(_Section):
         default="stop",
         description="when full: stop, reset (start over), window (keep the newest), thin (and ever less of older)",
     )
+    last_frames: Annotated[int, BeforeValidator(_whole_number), Field(ge=0, le=2**31)] = Field(
+        default=0,
+        description="hold only the newest chunks, of so many frames at most, encoded anew with each chunk; 0: off",
+    )
     degrade: bool = Field(
         default=False,
         description="true: give up quality, step by step, while the node has too little time or memory: see [degrade]",

@@ -11,7 +11,6 @@ from .layout import LAYOUTS, LayoutState, Patches
 from .model import VisionLanguageModel
 from .options import StreamOptions
 from .preprocess import encode_size
-from .retention import POLICIES
 
 _NS = 1_000_000_000
 _SMALL_PICTURE = (16, 9)  # pixels: as small as pictures get, so that the bounds alone say how they are encoded
@@ -19,15 +18,19 @@ _LARGE_PICTURE = (16 << 12, 9 << 12)
 
 
 def forecast(model: VisionLanguageModel, options: StreamOptions) -> Forecast:
-    """Foretell a stream. Raises NodeError TOO_LARGE if its memory cannot hold one chunk of the smallest pictures."""
-    retention = POLICIES[options.retention]
+    """Foretell a stream. Raises NodeError TOO_LARGE if its memory cannot hold a chunk of the smallest pictures.
+
+    Nor may it be too small for all of the last frames, where they are what it holds.
+    """
+    retention, num_last = options.policy, options.last_frames // options.chunk_frames
     capacity = retention.max_tokens(options.memory_bytes // model.kv_shape.bytes_per_token)
     least = footprint_of(model, options, _size(model, options, _SMALL_PICTURE))
-    if fit(least, capacity, options.fps).num_chunks == 0:
+    if fit(least, capacity, options.fps).num_chunks < max(1, num_last):
         raise _too_small(options, least)
     size = _size(model, options, _LARGE_PICTURE)
     footprint = footprint_of(model, options, size)
     num_chunks, limit = fit(footprint, capacity, options.fps)
+    num_chunks = min(num_chunks, num_last or num_chunks)
     num_frames = num_chunks * options.chunk_frames
     return Forecast(
         memory_bytes=options.memory_bytes,
@@ -103,13 +106,16 @@ def _patches(options: StreamOptions, row: int, number: int) -> Patches:
 
 
 def _too_small(options: StreamOptions, least: Footprint) -> NodeError:
-    num_tokens = tokens_of(least, 1)
+    num_chunks = max(1, options.last_frames // options.chunk_frames)
+    num_tokens = tokens_of(least, num_chunks)
     num_bytes = num_tokens * least.bytes_per_token
+    held = f"the memory of the last {options.last_frames} frames" if options.last_frames else "a chunk"
+    positions = max(least.picture_positions, num_chunks * least.positions_per_chunk)
     return NodeError(
         ErrorCode.TOO_LARGE,
-        f"a chunk of stream {options.name} takes {num_tokens} tokens or more, {num_bytes} bytes, and"
-        f" {least.opening_positions + max(least.picture_positions, least.positions_per_chunk)} of the model's"
-        f" {least.max_positions} positions: none fits into the {options.memory_bytes} bytes of its memory",
+        f"{held} of stream {options.name} takes {num_tokens} tokens or more, {num_bytes} bytes, and"
+        f" {least.opening_positions + positions} of the model's"
+        f" {least.max_positions} positions: it does not fit into the {options.memory_bytes} bytes of its memory",
         details={
             "memory_bytes": options.memory_bytes,
             "needed_bytes": num_bytes,

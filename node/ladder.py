@@ -149,7 +149,8 @@ def _gated(options: StreamOptions) -> StreamOptions:
 
 
 def _dropping(options: StreamOptions) -> StreamOptions:
-    return replace(options, drop=MAX_SIMILARITY) if options.drop is None else options
+    has_none = options.drop is None and not options.last_frames  # these are whole
+    return replace(options, drop=MAX_SIMILARITY) if has_none else options
 
 
 def _smaller(options: StreamOptions) -> StreamOptions:

@@ -52,6 +52,10 @@ class Patches:
         """Of the pictures alone."""
         return self.height * self.width * len(self.times_ns)
 
+    def since(self, began_ns: int) -> "Patches":
+        """The same at times that count from another instant."""
+        return replace(self, times_ns=tuple((first - began_ns, last - began_ns) for first, last in self.times_ns))
+
 
 @dataclass(frozen=True, slots=True)
 class OpenVideo:

@@ -231,6 +231,18 @@ class Ledger:
         self._records = []
         self._marks = {}
 
+    def come_back(
+        self, was: Snapshot, before: Sequence[ChunkRecord], again: Sequence[ChunkRecord], layout: LayoutState
+    ) -> None:
+        """Note, after it started over, that the newest chunks are there again: `again`, as they lie now.
+
+        It `was` at a snapshot of the records `before`; of these, only the others are forgotten.
+        """
+        keep = range(len(before) - len(again), len(before))
+        left = _left_of(was, before, again, keep)
+        self.now = replace(left, layout=layout, began_stream_ns=again[0].first_stream_ns)
+        self._records = list(again)
+
     def mark(self, name: str) -> Snapshot:
         """Name the present; an existing mark of that name moves here."""
         self._marks[name] = self.now

@@ -4,6 +4,7 @@ import logging
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from msgspec import UNSET, UnsetType
 
+from ..protocol.forecast import fit, tokens_of
 from ..protocol.messages import CacheInfo, Footprint, MemoryLimit, or_unset
 from .arena import Arena, Extent, Turn, sampled
 from .chunk import Chunk, ChunkRefused, Encoded
@@ -22,7 +24,7 @@ from .options import StreamOptions
 from .passes import Prefill
 from .preprocess import encode_size
 from .reading import Reading
-from .retention import POLICIES
+from .shown import Shown
 from .token_drop import TokenDrop
 from .upload import Upload
 
@@ -54,8 +56,9 @@ class StreamMemory:
         self.options = options
         self.layout = LAYOUTS[options.layout](model.format)
         self.ledger = Ledger()
-        self._retention = POLICIES[options.retention]
-        self._drop = None if options.drop is None else TokenDrop(options.drop)
+        self._retention = options.policy
+        self._drop = _token_drop(options)
+        self._shown: list[Shown] = []  # what is held, if that is the last frames
         self._is_full = False
         self._limit: MemoryLimit = "memory"  # what there was no more of when it was full
         self._footprint: Footprint | None = None  # of chunks of the present size
@@ -72,8 +75,8 @@ class StreamMemory:
         Of a share, some chunks like the newest fit in any case.
         """
         if options.drop != self.options.drop:
-            self._drop = None if options.drop is None else TokenDrop(options.drop)
-        self.options, self._retention = options, POLICIES[options.retention]
+            self._drop = _token_drop(options)
+        self.options, self._retention = options, options.policy
         whole = self._retention.max_tokens(self._arena.capacity)
         least = self.now.num_anchor + _LEAST_CHUNKS * self.ledger.num_newest_tokens
         self._max_tokens = min(whole, max(int(whole * options.memory_share), least))
@@ -119,17 +122,20 @@ class StreamMemory:
         """
         model = self._model
         size = self._encode_size(chunk)
+        if self.options.last_frames and size != self._footprint_size:
+            self._check_last_frames(size)
         patches = _patches(chunk, model.geometry.grid(size))
-        span, layout, must_forget = self._plan(patches)
+        span, layout, must_forget = self._plan(patches, chunk.num_frames)
+        again_ms = 0.0
         if must_forget:
-            self._make_room(span)
-            span, layout = self.layout.extend(self.now.layout, patches)  # which stands elsewhere if positions moved
+            again_ms = self._make_room(span, self._last_shown(patches, chunk.num_frames), between)
+            span, layout = self._extend(self.now, patches)  # which stands elsewhere now
         now, drop = self.now, self._drop
         assert now.num_tokens + len(span) <= self._top, "rows would be written that somebody reads"
         grid = (patches.height, patches.width)
         sift = None if drop is None else partial(drop.sift, grid=grid, number=now.num_seen)
         try:
-            times = model.encode(
+            times, vision = model.encode(
                 [picture.pixels for picture in chunk.pictures] if upload is None else upload.pixels(),
                 size,
                 span,
@@ -143,33 +149,41 @@ class StreamMemory:
         num_dropped = 0 if drop is None else drop.commit()
         num_tokens = len(span) - num_dropped
         self.ledger.append(chunk, num_tokens, layout, num_anchor, span.reach(num_anchor), num_dropped)
+        if self.options.last_frames:
+            self._shown.append(Shown(patches, vision, chunk.num_frames))
         self._is_full = False
         if size != self._footprint_size:
             self._footprint, self._footprint_size = footprint_of(model, self.options, size), size
         num_forgotten, self._num_forgotten_frames = self._num_forgotten_frames, 0
-        stages = (times.preprocess_ms, times.vision_ms, times.prefill_ms)
+        stages = (times.preprocess_ms, times.vision_ms, times.prefill_ms + again_ms)
         return Encoded(num_tokens, size, *stages, num_forgotten, num_dropped)
 
-    def _plan(self, patches: Patches) -> tuple[Span, LayoutState, bool]:
+    def _plan(self, patches: Patches, num_frames: int) -> tuple[Span, LayoutState, bool]:
         """The tokens of a chunk, the layout after it, and whether others must be forgotten for it.
 
         Raises ChunkRefused if the memory cannot hold it even so.
         """
-        state, must_forget = self.now.layout, False
-        span, layout = self._span(patches, state)
-        if len(span) > self._room or span.next_position > self._model.max_positions:
-            must_forget = True
-            if self._retention.starts_over:
-                span, layout = self._span(patches, LayoutState())
+        now = self.now
+        span, layout = self._span(patches, now)
+        must_forget = len(span) > self._room or span.next_position > self._model.max_positions
+        must_forget |= 0 < self.options.last_frames < now.num_frames + num_frames
+        if must_forget and self._retention.starts_over:
+            span, layout = self._span(patches, Snapshot())
         return span, layout, must_forget
 
-    def _span(self, patches: Patches, state: LayoutState) -> tuple[Span, LayoutState]:
-        """The tokens of a chunk after a state, and the layout then. Raises ChunkRefused if they can never have room."""
+    def _extend(self, now: Snapshot, patches: Patches) -> tuple[Span, LayoutState]:
+        """The tokens of a chunk after a snapshot, and the layout then."""
+        if self.options.last_frames:  # the clock of a prompt starts with it
+            patches = patches.since(patches.times_ns[0][0] if now.layout.is_empty else now.began_stream_ns)
+        return self.layout.extend(now.layout, patches)
+
+    def _span(self, patches: Patches, now: Snapshot) -> tuple[Span, LayoutState]:
+        """`_extend`, checked. Raises ChunkRefused if they can never have room."""
         # Before anything of that size is made: a tiny picture may be asked for at an enormous size.
         self._check_room(patches.num_tokens)
-        span, layout = self.layout.extend(state, patches)
+        span, layout = self._extend(now, patches)
         self._check_room(len(span))
-        self._check_positions(span, state)
+        self._check_positions(span, now.layout)
         return span, layout
 
     def info(self) -> CacheInfo:
@@ -179,7 +193,7 @@ class StreamMemory:
             num_tokens=now.num_tokens,
             capacity_tokens=self._max_tokens,
             logical_bytes=self._arena.logical_bytes(now.num_tokens),
-            resident_bytes=self._arena.resident_bytes,
+            resident_bytes=self._arena.resident_bytes + sum(shown.num_bytes for shown in self._shown),
             bytes_per_token=model.kv_shape.bytes_per_token,
             num_chunks=now.num_chunks,
             num_frames=now.num_frames,
@@ -204,12 +218,15 @@ class StreamMemory:
 
     def _seconds_until_full(self) -> float | UnsetType:
         """At the present pace; unknown of a memory that forgets bit by bit, which is never full."""
-        if self._retention.forgets and not self._retention.starts_over:
+        if self.options.last_frames or (self._retention.forgets and not self._retention.starts_over):
             return UNSET
         return self._seconds_for(self._room, self.now.layout.next_position)
 
     def _seconds_of_memory(self) -> float | UnsetType:
         """How much of the stream is there without a gap once it is full, at the present pace."""
+        if self.options.last_frames:
+            pace = self.ledger.pace
+            return UNSET if pace is None else self._num_last_chunks / pace.num_chunks
         num_tokens = self._max_tokens - self.now.num_anchor
         return self._seconds_for(num_tokens * self._retention.whole_share, 0)
 
@@ -254,26 +271,97 @@ class StreamMemory:
     def _plan_of(self, chunk: Chunk) -> tuple[Span, LayoutState, bool] | None:
         """What `append` of a chunk will do; None if it will refuse it."""
         try:
-            return self._plan(_patches(chunk, self._model.geometry.grid(self._encode_size(chunk))))
+            return self._plan(_patches(chunk, self._model.geometry.grid(self._encode_size(chunk))), chunk.num_frames)
         except ChunkRefused:
             return None
 
-    def _make_room(self, span: Span) -> None:
-        """Forget for the tokens of a chunk, which the memory can hold, and give positions back if they end."""
-        num_frames = self.now.num_frames
+    def _make_room(self, span: Span, shown: Sequence[Shown], between: Between | None) -> float:
+        """Forget for the tokens of a chunk, which the memory can hold, and give positions back if they end.
+
+        Of a memory that starts over, chunks stay that are `shown` again; returns the milliseconds that takes.
+        """
+        num_before = self.now.num_frames
         try:
             if self._retention.starts_over:
-                self.ledger.start_over()
-                self._retain_kept()
-                return
+                return self._start_over(shown, between)
             if len(span) > self._room:
                 self._keep(self._stay(span))
             if span.next_position > self._model.max_positions:
                 self._rebase(span)
+            return 0.0
         except torch.OutOfMemoryError as error:
-            raise self._out_of_memory(error, "moving rows") from error
+            raise self._out_of_memory(error, "what stays") from error
         finally:
-            self._num_forgotten_frames += num_frames - self.now.num_frames
+            self._num_forgotten_frames += num_before - self.now.num_frames
+
+    def _start_over(self, shown: Sequence[Shown], between: Between | None) -> float:
+        """Begin the prompt anew, with the newest chunks that are `shown` again; returns the milliseconds that takes.
+
+        Until they are all there the memory is empty, and so it stays if one of them fails: then all is forgotten.
+        """
+        was, before, again_ms = self.now, self.ledger.records, 0.0
+        self.ledger.start_over()
+        self._retain_kept()
+        if not shown:
+            return again_ms
+        again: list[ChunkRecord] = []
+        steps = self._prompt([each.patches for each in shown])
+        for record, (patches, vision, _), (span, after) in zip(before[-len(shown) :], shown, steps, strict=True):
+            first = after.num_tokens - len(span)
+            places = Prefill([self._arena.extent(0, first)], (self._arena, first))
+            again_ms += self._model.encode_again(vision, span, places, between)
+            num_anchor = 0 if again else self.layout.num_anchor(patches)
+            num_tokens, reach = len(span) - num_anchor, span.reach(num_anchor)
+            again.append(replace(record, first_token=first + num_anchor, num_tokens=num_tokens, reach=reach))
+        self.ledger.come_back(was, before, again, steps[-1][1].layout)
+        self._shown = list(shown)
+        return again_ms
+
+    def _last_shown(self, patches: Patches, num_frames: int) -> list[Shown]:
+        """The newest chunks that go with another one into the last frames, or as many of them as have room."""
+        shown = list(self._shown)
+        while shown and sum(each.num_frames for each in shown) + num_frames > self.options.last_frames:
+            del shown[0]
+        while shown and not self._have_room([*(each.patches for each in shown), patches]):
+            del shown[0]
+        return shown
+
+    def _have_room(self, chunks: Sequence[Patches]) -> bool:
+        """Whether a prompt of these chunks alone has the rows and the positions."""
+        _, after = self._prompt(chunks)[-1]
+        return after.num_tokens <= self._max_tokens and after.layout.next_position <= self._model.max_positions
+
+    def _prompt(self, chunks: Sequence[Patches]) -> list[tuple[Span, Snapshot]]:
+        """The tokens of each chunk in a prompt of these alone, and where it stands then."""
+        now = Snapshot(began_stream_ns=chunks[0].times_ns[0][0])
+        steps: list[tuple[Span, Snapshot]] = []
+        for patches in chunks:
+            span, layout = self._extend(now, patches)
+            now = replace(now, num_tokens=now.num_tokens + len(span), layout=layout)
+            steps.append((span, now))
+        return steps
+
+    @property
+    def _num_last_chunks(self) -> int:
+        return self.options.last_frames // self.options.chunk_frames
+
+    def _check_last_frames(self, size: tuple[int, int]) -> None:
+        """Raise ChunkRefused if the last frames do not fit at this encode size."""
+        options, num_chunks = self.options, self._num_last_chunks
+        footprint = footprint_of(self._model, options, size)
+        num_fitting, limit = fit(footprint, self._max_tokens, options.fps)
+        if num_fitting >= num_chunks:
+            return
+        num_tokens = tokens_of(footprint, num_chunks)
+        message = (
+            f"last_frames {options.last_frames} take {num_tokens} tokens of {footprint.bytes_per_token} bytes at"
+            f" {size[0]}x{size[1]}, and {num_fitting} of {num_chunks} chunks fit into the {options.memory_bytes} bytes"
+            f" and {footprint.max_positions} positions"
+        )
+        if not self._is_full:
+            logger.warning("stream %s: %s", options.name, message)
+        self._is_full, self._limit = True, limit
+        raise ChunkRefused("memory_full", message)
 
     def _stay(self, span: Span) -> list[int]:
         """Places of the chunks that stay once there is room for the tokens of another."""
@@ -343,7 +431,8 @@ class StreamMemory:
         self._is_full = False
 
     def _retain_kept(self) -> None:
-        """What the memory has lost can stand in for nothing new."""
+        """What the memory has lost can stand in for nothing new, nor be shown again."""
+        del self._shown[self.now.num_chunks :]
         if self._drop is not None:
             self._drop.retain([record.number for record in self.ledger.records])
 
@@ -401,6 +490,11 @@ def _reserve(model: VisionLanguageModel, capacity: int) -> Arena:
         error.__traceback__ = None  # its frames hold the layers that could be had
         num_bytes = capacity * model.kv_shape.bytes_per_token
         raise MemoryError(f"cannot reserve {num_bytes} bytes for {capacity} tokens: {error}") from error
+
+
+def _token_drop(options: StreamOptions) -> TokenDrop | None:
+    """What leaves out tokens; the last frames are whole, whatever chunk they began with."""
+    return None if options.drop is None or options.last_frames else TokenDrop(options.drop)
 
 
 def _release_cached(device: torch.device) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +49,13 @@ class StageTimes:
     preprocess_ms: float
     vision_ms: float
     prefill_ms: float
+
+
+class Encoding(NamedTuple):
+    """What encoding a chunk took, and what the tower made of its pictures."""
+
+    times: StageTimes
+    vision: Vision  # with the tokens that were not read
 
 
 class VisionLanguageModel:
@@ -191,29 +198,38 @@ class VisionLanguageModel:
         memory: MemoryPass,
         between: Between | None = None,
         sift: Sift | None = None,
-    ) -> StageTimes:
+    ) -> Encoding:
         """Pixels to memory: preprocess, vision tower, prefill.
 
         frames (height, width, 3), uint8, or all of them as one tensor on the device. What runs in `between` is no
         part of the times. `sift` chooses the tokens that the language model reads.
         """
-        devices = {self.device, *self.kv_shape.layer_devices}
-        watch, pause = _Stopwatch(devices), None
-        if between is not None:
-            pause = _Pause(between, Pace(self.device), watch)
+        watch, pause = self._watched(between)
         pixels = frames if isinstance(frames, Tensor) else upload(frames, self.device)
         patches = to_patches(pixels, size, self.geometry)
         watch.lap()
         width, height = size
         temporal = -(-len(pixels) // self.geometry.temporal_patch)
         grid = (temporal, height // self.geometry.patch, width // self.geometry.patch)
-        vision = self.see(patches, grid, pause)
+        seen = vision = self.see(patches, grid, pause)
         if sift is not None:
-            span, vision = sift(span, vision)
+            span, vision = sift(span, seen)
         watch.lap()
         self.read(span, memory, vision, pause)
         watch.lap()
-        return StageTimes(*watch.laps_ms())
+        return Encoding(StageTimes(*watch.laps_ms()), seen)
+
+    def encode_again(self, vision: Vision, span: Span, memory: MemoryPass, between: Between | None = None) -> float:
+        """`encode` of what the tower has seen before; returns the milliseconds of the prefill."""
+        watch, pause = self._watched(between)
+        self.read(span, memory, vision, pause)
+        watch.lap()
+        return watch.laps_ms()[0]
+
+    def _watched(self, between: Between | None) -> tuple["_Stopwatch", "_Pause | None"]:
+        """A watch that was started, and what comes between two layers."""
+        watch = _Stopwatch({self.device, *self.kv_shape.layer_devices})
+        return watch, None if between is None else _Pause(between, Pace(self.device), watch)
 
     def choose_kernels(self) -> None:
         """Measure now what is measured at its first use."""

@@ -5,7 +5,7 @@ from typing import Literal
 
 from ..protocol.messages import RetentionName
 from .chunk import CHUNK_FRAMES
-from .retention import POLICIES
+from .retention import POLICIES, Retention
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class StreamOptions:
     memory_share: float = 1.0  # of it that may be in use, while the node has too little time or memory
     min_memory_bytes: int | None = None  # what it takes when there is less left; None: not less than memory_bytes
     retention: RetentionName = "stop"
+    last_frames: int = 0  # hold only the newest chunks, of at most so many frames, encoded anew each time; 0: all
     degrade: bool = False  # give up quality, step by step, while there is too little time or memory: see ladder
     ring_frames: int = 64
     ring_bytes: int = 256 << 20
@@ -49,6 +50,7 @@ class StreamOptions:
             raise ValueError(f"gate must be within 0 and 255, got {self.gate}")
         if self.drop is not None and not 0 <= self.drop <= 1:
             raise ValueError(f"drop must be within 0 and 1, got {self.drop}")
+        self._check_last_frames()
         for field in (
             *("stride", "memory_bytes", "min_memory_bytes", "ring_frames", "ring_bytes", "min_pixels", "max_pixels"),
         ):
@@ -61,6 +63,20 @@ class StreamOptions:
             raise ValueError(f"min_memory_bytes {self.min_memory_bytes} is above memory_bytes {self.memory_bytes}")
         if self.encode_size is not None and min(self.encode_size) < 1:
             raise ValueError(f"encode_size must be positive, got {self.encode_size}")
+
+    def _check_last_frames(self) -> None:
+        num = self.last_frames
+        if num and num < self.chunk_frames:
+            raise ValueError(f"last_frames must be 0 or at least chunk_frames {self.chunk_frames}, got {num}")
+        if num and self.retention != "stop":
+            raise ValueError(f"last_frames says what is forgotten, and needs retention stop, got {self.retention!r}")
+        if num and self.drop is not None and self.drop < 1:
+            raise ValueError(f"last_frames shows whole frames, and needs drop 1 or none, got {self.drop}")
+
+    @property
+    def policy(self) -> Retention:
+        """What becomes of a memory without room; one of the last frames starts over, and they come back."""
+        return POLICIES["reset" if self.last_frames else self.retention]
 
     @property
     def guaranteed_bytes(self) -> int:

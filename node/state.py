@@ -23,7 +23,8 @@ from .tally import Tally
 MAX_PROGRESS_AGE_MS = 10_000  # an engine that has not come round for longer is not ready
 
 FEATURES: Sequence[str] = (
-    *("ask", "ask_choice", "partial", "cancel", "marks", "streams", "retention", "gate", "drop", "forecast", "degrade"),
+    *("ask", "ask_choice", "partial", "cancel", "marks", "streams", "forecast"),
+    *("retention", "gate", "drop", "last_frames", "degrade"),
 )
 
 

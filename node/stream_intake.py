@@ -413,6 +413,7 @@ class StreamIntake:
                 retention=self.options.retention,
                 gate=_or_unset(self.options.gate),
                 drop=_or_unset(self.options.drop),
+                last_frames=self.options.last_frames or UNSET,
                 received_size=self._received_size,
                 encoded_size=self._encoded_size,
                 fps_received=_or_unset(self._received_rate.per_second(now)),

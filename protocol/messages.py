@@ -33,6 +33,7 @@ Count = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 RateHz = Annotated[float, Meta(gt=0, le=1e6)]
 GreyLevels = Annotated[float, Meta(ge=0, le=255)]
 Similarity = Annotated[float, Meta(ge=0, le=1)]
+NumFrames = Annotated[int, Meta(ge=0, le=1 << 31)]
 TimeKind = Literal["capture", "publish", "receive", "media"]
 KnownAs = Literal["whole", "dropped", "thinned", "forgotten"]  # how well a memory knows a time range
 RetentionName = Literal["stop", "reset", "window", "thin"]  # what a full memory does
@@ -280,6 +281,7 @@ class StreamSpec(Message, frozen=True, kw_only=True):
     memory_bytes: Count | UnsetType = UNSET
     min_memory_bytes: Count | UnsetType = UNSET  # less than memory_bytes will do, down to this
     retention: RetentionName | UnsetType = UNSET
+    last_frames: NumFrames | UnsetType = UNSET  # hold only the newest so many, encoded anew with each chunk; 0: off
     degrade: bool | UnsetType = UNSET  # give up quality, step by step, while there is too little time or memory
 
 
@@ -412,6 +414,7 @@ class StreamStats(Message, frozen=True, kw_only=True):
     retention: str | UnsetType = UNSET  # what a full memory does: see StreamSpec
     gate: float | UnsetType = UNSET  # see StreamSpec; absent: none
     drop: float | UnsetType = UNSET
+    last_frames: int | UnsetType = UNSET
     received_size: tuple[int, int] | UnsetType = UNSET  # width, height
     encoded_size: tuple[int, int] | UnsetType = UNSET
     fps_received: float | UnsetType = UNSET

@@ -298,6 +298,12 @@ def test_a_stream_is_added_that_may_give_up_quality(node: Node, engine: FakeEngi
     assert [engine._memories[name].options.degrade for name in ("gate", "yard")] == [True, False]
 
 
+def test_a_stream_is_added_with_its_last_frames(node: Node) -> None:
+    assert control(node, "add", "gate", "--last-frames", "8", "--json").json["last_frames"] == 8
+    assert "last_frames" not in control(node, "streams", "--json").json[0]
+    assert "last_frames must be 0 or at least" in control(node, "add", "yard", "--last-frames", "2").err
+
+
 def test_a_stream_is_added_with_its_gate_and_drop(node: Node) -> None:
     added = control(node, "add", "gate", "--gate", "10", "--drop", "0.9", "--json").json
     assert (added["gate"], added["drop"]) == (10.0, 0.9)

@@ -272,6 +272,15 @@ def test_what_a_full_memory_does_is_a_setting_of_the_node_and_of_each_stream():
         load(overrides={"stream_defaults.retention": "never"})
 
 
+def test_last_frames_follow_the_defaults_unless_a_stream_says_otherwise():
+    config = load(overrides={"stream_defaults.last_frames": 8})
+    assert config.spec_options(StreamSpec(stream="front")).last_frames == 8
+    assert config.spec_options(StreamSpec(stream="front", last_frames=0, retention="thin")).last_frames == 0
+    with pytest.raises(NodeError, match="needs retention stop") as refused:
+        config.spec_options(StreamSpec(stream="front", retention="thin"))
+    assert refused.value.code == "BAD_REQUEST"
+
+
 def test_gate_and_drop_follow_the_defaults_unless_a_stream_says_otherwise():
     config = load(overrides={"stream_defaults.gate": 10, "stream_defaults.drop": 0.9})
     defaults = config.spec_options(StreamSpec(stream="front"))

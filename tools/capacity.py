@@ -116,6 +116,7 @@ class CapacityOptions:
             # How much fits is the question.
             gate=0,
             drop=1,
+            last_frames=0,
             retention="stop",
             encode_width=or_unset(width),
             encode_height=or_unset(height),

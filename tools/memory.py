@@ -107,6 +107,10 @@ def add(
         float | None,
         typer.Option(min=0, max=1, help="Leave out tokens more similar to the last ones kept; 1 leaves out none."),
     ] = None,
+    last_frames: Annotated[
+        int | None,
+        typer.Option(min=0, help="Hold only the newest frames, so many, encoded anew with each chunk; 0: all."),
+    ] = None,
     degrade: Annotated[
         bool | None,
         typer.Option("--degrade/--no-degrade", help="Give up quality while there is too little time or memory."),
@@ -122,6 +126,7 @@ def add(
         retention=or_unset(retention),
         gate=or_unset(gate),
         drop=or_unset(drop),
+        last_frames=or_unset(last_frames),
         degrade=or_unset(degrade),
     )
     added = client.add_stream(spec)

@@ -136,6 +136,7 @@ class _Stage:
                 gate=self._keeping.gate,
                 drop=self._keeping.drop,
                 retention=self._keeping.retention,
+                last_frames=0,
                 memory_bytes=memory_bytes,
             )
         )
