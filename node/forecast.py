@@ -30,7 +30,8 @@ def forecast(model: VisionLanguageModel, options: StreamOptions) -> Forecast:
     size = _size(model, options, _LARGE_PICTURE)
     footprint = footprint_of(model, options, size)
     num_chunks, limit = fit(footprint, capacity, options.fps)
-    num_chunks = min(num_chunks, num_last or num_chunks)
+    if 0 < num_last < num_chunks:
+        num_chunks, limit = num_last, "memory"  # whose positions begin anew
     num_frames = num_chunks * options.chunk_frames
     return Forecast(
         memory_bytes=options.memory_bytes,

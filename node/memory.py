@@ -43,7 +43,8 @@ class StreamMemory:
     on the way leaves the memory as it was, less what was forgotten for it. Forgetting moves the chunks that stay
     down to those before them: their keys and values keep their bits and their positions. What is being read goes
     aside, to rows reserved for it; a chunk waits only if these do not suffice, or if keys must rotate. What is
-    forgotten, and when, follows from the chunks alone, whoever reads.
+    forgotten, and when, follows from the chunks alone, whoever reads. A memory of the last frames starts over instead,
+    and what stays is encoded again.
     """
 
     def __init__(self, model: VisionLanguageModel, options: StreamOptions) -> None:

@@ -91,6 +91,20 @@ def test_a_still_picture_is_encoded_once_and_the_answer_says_until_when_it_was_s
         memory.remove_stream("still")
 
 
+def test_of_the_last_frames_each_is_encoded_once_and_counted_when_it_is_forgotten(memory):
+    memory.add_stream(StreamSpec(stream="last", chunk_frames=2, memory_bytes=1 << 20, last_frames=4))
+    try:
+        seq = show(memory, "last", *range(10, 220, 20))  # 11
+        memory.wait_encoded("last", seq - 1, 10)
+        frames, cache = frames_of(memory, "last"), memory.cache_info("last")
+        assert (frames.received, frames.encoded, frames.pending, frames.forgotten) == (11, 10, 1, 6)
+        assert (cache.num_frames, cache.num_forgotten_frames, frames.dropped) == (4, 6, {})
+        known = memory.ask("last", "What do you see?", max_new_tokens=WORDS).memory
+        assert [each.known for each in known.ranges] == ["forgotten", "whole"]
+    finally:
+        memory.remove_stream("last")
+
+
 def test_options_are_scored(memory, stream):
     memory.wait_encoded(stream, show(memory, stream, 10, 200), 10)
     choice = memory.ask_choice(stream, "Which colour?", ["red", "dark blue"])

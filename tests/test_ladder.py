@@ -51,6 +51,11 @@ def test_what_is_given_up_is_what_the_rungs_say():
     assert lowest == replace(OPTIONS, fps=2.0, gate=10.0, drop=0.9, encode_scale=0.5)
 
 
+def test_the_last_frames_are_shown_whole_on_every_rung():
+    ladder = Ladder(replace(OPTIONS, last_frames=8), BOUNDS)
+    assert gone_down(ladder) == ["frame_rate", "gate", "encode_size"]
+
+
 def test_without_a_rate_every_other_frame_is_kept():
     ladder = Ladder(StreamOptions("front", stride=3), BOUNDS)
     ladder.look(0.0, WELL)
