@@ -601,7 +601,9 @@ class Engine:
             options = self.relieve(stream) if error.reason == "out_of_memory" else None
             if options is None:
                 raise
-        memory.adjust(options)
+            memory.adjust(options)
+            if memory.must_wait(chunk):  # for questions that began meanwhile: smaller, it may have to forget
+                raise
         return memory.append(chunk, None, between)
 
     def _look_ahead(self) -> None:

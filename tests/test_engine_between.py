@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -221,6 +222,32 @@ def test_a_chunk_that_fails_spares_the_answers_that_grew_meanwhile(engine: Engin
     assert question.result(WAIT_S).text == alone.text
     assert getattr(encoding.exception(), "reason", None) == "out_of_memory"
     assert are_equal(rows(the_memory(engine)), before)
+
+
+def test_a_chunk_is_not_tried_again_where_a_question_reads_what_its_second_try_would_forget(model: DirectedModel):
+    kept = running(model, retention="reset", memory_bytes=60 * model.kv_shape.bytes_per_token)
+    engine = next(kept)
+    stream, seqs = the_memory(engine), iter(range(0, 60, 2))
+    while stream.now.num_tokens < 58:  # room for one chunk more, but not for one token and the marks of another size
+        engine.encode("front", chunk(next(seqs), grid=(1, 2))).result(WAIT_S)
+    alone, before = ask(engine, 40).result(WAIT_S), rows(stream)
+    engine.relieve = lambda _: replace(stream.options, encode_scale=0.5)
+    write = stream._arena.write
+
+    def fail_once(layer: int, *args: Any) -> None:
+        if layer == 1:
+            stream._arena.write = write  # type: ignore[method-assign]
+            raise torch.OutOfMemoryError("no more")
+        write(layer, *args)
+
+    stream._arena.write = fail_once  # type: ignore[method-assign]
+    encoding = held_in_a_chunk(engine, model, chunk(next(seqs), grid=(1, 2)))
+    question = ask(engine, 40)
+    model.let_go()
+    assert question.result(WAIT_S).text == alone.text and question.result().memory.unchanged
+    assert getattr(encoding.exception(WAIT_S), "reason", None) == "out_of_memory"
+    assert are_equal(rows(stream), before)
+    assert not list(kept)
 
 
 class WatchedUploader(Uploader):
