@@ -578,19 +578,20 @@ class Engine:
         self._pinned.discard(stream)
 
     def _encode(self, stream: str, chunk: Chunk, upload: Upload | None, future: Future[Encoded]) -> None:
+        outcome: Encoded | ChunkRefused
         try:
-            encoded = self._append(stream, chunk, upload)
+            outcome = self._append(stream, chunk, upload)
         except ChunkRefused as error:
-            self._note(stream)
-            future.set_exception(error)
+            outcome = error
         except Exception as error:
             logger.exception("a chunk of %s could not be encoded", stream)
-            refused = ChunkRefused("encode_error", f"{type(error).__name__}: {error}")
-            refused.__cause__ = error
-            future.set_exception(refused)
+            outcome = ChunkRefused("encode_error", f"{type(error).__name__}: {error}")
+            outcome.__cause__ = error.with_traceback(None)  # its frames hold the activations that must go
+        self._note(stream)  # others may have been forgotten for it
+        if isinstance(outcome, ChunkRefused):
+            future.set_exception(outcome)
         else:
-            self._note(stream)
-            future.set_result(encoded)
+            future.set_result(outcome)
 
     def _append(self, stream: str, chunk: Chunk, upload: Upload | None) -> Encoded:
         """Encode a chunk; one that the device has no memory for is tried once more if its stream can do with less."""

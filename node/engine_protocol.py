@@ -85,7 +85,8 @@ class EngineProtocol(Protocol):
         """Append a chunk to a stream's memory. Chunks of one stream are encoded in the order given.
 
         Fails with `ChunkRefused`, whose reason is `memory_full`, `out_of_memory`, `reset` (taken back by a
-        reset that came after it), `removed`, or `encode_error`; the memory is then as if it had never come.
+        reset that came after it), `removed`, or `encode_error`; the memory is then as if it had never come, less what
+        was forgotten for it.
         """
         ...
 

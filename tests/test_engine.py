@@ -244,6 +244,7 @@ def test_an_exception_in_a_chunk_costs_that_chunk_alone(engine: Engine, model: D
     model.fail_with = RuntimeError("in layer 1")
     failed = engine.encode("front", chunk(2))
     assert reason_of(failed) == "encode_error" and "in layer 1" in str(failed.exception())
+    assert model.fail_with.__traceback__ is None, "activations are held by it"
     assert are_equal(rows(the_memory(engine)), before)
     model.fail_with = None
     encode(engine, 2)

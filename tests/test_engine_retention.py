@@ -113,6 +113,20 @@ def test_an_answer_that_reads_while_forgetting_is_due_is_the_one_it_would_have_b
     assert engine.cache_info("front").num_forgotten_frames > 0
 
 
+def test_a_chunk_that_fails_after_others_were_forgotten_for_it_leaves_the_figures_true(
+    engine: Engine, model: DirectedModel
+):
+    add(engine, model, "window")
+    seqs = iter(range(0, 120, 2))
+    while not the_memory(engine).must_forget(chunk(seq := next(seqs))):
+        engine.encode("front", chunk(seq)).result(WAIT_S)
+    model.fail_with = RuntimeError("in layer 1")
+    failed = engine.encode("front", chunk(seq))
+    assert getattr(failed.exception(WAIT_S), "reason", None) == "encode_error"
+    info = engine.cache_info("front")
+    assert info == the_memory(engine).info() and info.num_forgotten_frames > 0
+
+
 @pytest.mark.parametrize("retention", ["window", "thin"])
 def test_neither_chunks_nor_new_questions_wait_for_an_answer_that_reads_what_is_forgotten(
     engine: Engine, model: DirectedModel, retention: str
