@@ -68,6 +68,12 @@ def _merged(older: TimeRange, newer: TimeRange) -> TimeRange:
     return TimeRange(
         from_ns=older.from_ns,
         until_ns=newer.until_ns,
-        known=older.known if older.known == newer.known else "thinned",
+        known=_known_together(older.known, newer.known),
         num_frames=older.num_frames + newer.num_frames,
     )
+
+
+def _known_together(a: KnownAs, b: KnownAs) -> KnownAs:
+    if a == b:
+        return a
+    return "dropped" if {a, b} == {"whole", "dropped"} else "thinned"

@@ -78,6 +78,11 @@ def test_frames_without_the_tokens_that_said_nothing_new_are_told_apart():
     assert told(known([0, 1, 2, 3], 4, dropped=(1, 2))) == [("whole", 0, 0), ("dropped", 1, 2), ("whole", 3, 3)]
 
 
+def test_ranges_that_are_merged_for_their_number_are_not_thinned_where_every_chunk_is_there():
+    ranges = known(list(range(60)), 60, dropped=tuple(range(0, 60, 2)))
+    assert len(ranges) == MAX_RANGES and told(ranges[:2]) == [("dropped", 0, 44), ("whole", 45, 45)]
+
+
 def test_a_mark_of_which_the_newest_part_is_gone_ends_with_what_is_forgotten():
     assert told(known([0, 1], 5)) == [("whole", 0, 1), ("forgotten", 1, 4)]
 
@@ -101,7 +106,7 @@ def test_every_chunk_is_told_of_truly(held: set[int], beyond: int, dropped: set[
         if number not in held:
             assert told_as <= {"forgotten", "thinned"} and told_as
         else:
-            assert told_as <= {"dropped" if number in dropped else "whole", "thinned"} and told_as
+            assert told_as <= {"dropped", "thinned"} | (set() if number in dropped else {"whole"}) and told_as
 
 
 @pytest.mark.parametrize("retention", ["window", "thin", "reset"])
