@@ -406,8 +406,7 @@ class Engine:
         self._progress = time.monotonic()
         if self._memories[stream].now.num_frames == 0:
             self._pinned.add(stream)  # what is asked about it can be answered after the chunk
-        if stream not in self._pinned:
-            self._take_in(in_chunk=True)
+        self._take_in(in_chunk=True)
         self._drop_ended()
         self._look_ahead()
         self._book("encode")
@@ -644,7 +643,8 @@ class Engine:
             if len(self._waiting) >= self._max_waiting:
                 raise NodeError(ErrorCode.BUSY, f"{self._max_waiting} questions wait already", retry_after_ms=500)
             memory = self._memory(question.request.stream)
-            _snapshot(memory, question.request)
+            if question.request.stream not in self._pinned:  # otherwise it is about the memory after a chunk
+                _snapshot(memory, question.request)
         except Exception as error:
             self._finish(question, error)
         else:

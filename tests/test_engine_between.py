@@ -64,7 +64,7 @@ def held_in_a_chunk(engine: Engine, model: DirectedModel, new: Chunk) -> Future[
 
 
 def ask(engine: Engine, max_new_tokens: int = 1, on_delta: Any = None, **settings: Any) -> Future[Answer]:
-    request = Ask(stream="front", question=QUESTION, max_new_tokens=max_new_tokens, **settings)
+    request = Ask(**({"stream": "front", "question": QUESTION, "max_new_tokens": max_new_tokens} | settings))
     return engine.ask(request, arrived=time.monotonic(), on_delta=on_delta)
 
 
@@ -167,6 +167,18 @@ def test_a_question_that_comes_while_the_first_chunk_is_encoded_is_about_that_ch
     model.let_go()
     assert question.result(WAIT_S).memory.num_frames == 2
     until(lambda: not engine._pinned)
+
+
+def test_the_first_chunk_of_a_stream_holds_up_no_question_about_another(engine: Engine, model: DirectedModel):
+    num_bytes = 512 * model.kv_shape.bytes_per_token
+    engine.add_stream(StreamOptions("back", chunk_frames=2, min_pixels=1, memory_bytes=num_bytes)).result(WAIT_S)
+    engine.encode("back", chunk(0)).result(WAIT_S)
+    encoding = held_in_a_chunk(engine, model, chunk(2))
+    about_it, other = ask(engine), ask(engine, stream="back")
+    order = order_of(other=other, chunk=encoding, about_it=about_it)
+    model.let_go()
+    assert about_it.result(WAIT_S).memory.until_seq == 3 and other.result().memory.until_seq == 1
+    assert order == ["other", "chunk", "about_it"]
 
 
 def test_a_question_that_waits_while_a_memory_starts_over_is_about_the_chunk_that_it_starts_with(model: DirectedModel):
