@@ -35,6 +35,7 @@ def test_pieces_compute_what_the_layers_compute_in_one_go_and_write_the_same(che
             run(embeds, positions, Prefill([arena.extent(0, first)], (arena, first)), deepstack, None)
             for run, arena in zip((model.language.run, pieces.run), arenas, strict=True)
         )
+        assert mine is not None and plain is not None
         assert mine.shape == plain.shape
         assert (mine - plain).abs().max() <= 1e-5
         first += n

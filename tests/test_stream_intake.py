@@ -66,8 +66,9 @@ class Bench:
 
     def give_back(self, batch: Batch | None, result: np.ndarray | PictureError = PIXELS) -> None:
         if batch is not None:
-            has_thumbnail = self.options.gate is not None and isinstance(result, np.ndarray)
-            decoded = Decoded(result, 1.0, thumbnail(result) if has_thumbnail else None)
+            has_gate = self.options.gate is not None
+            view = thumbnail(result) if has_gate and isinstance(result, np.ndarray) else None
+            decoded = Decoded(result, 1.0, view)
             self.intake.give_back(batch, [decoded] * len(batch.frames))
 
     def show(self, *pictures: np.ndarray, step_ms: int = 40) -> None:

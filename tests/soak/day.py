@@ -107,6 +107,7 @@ def main() -> int:
         node.add_stream(spec)
         samples = watch(node, args.chunks, args.every)
         last = node.cache_info(STREAM)
+    assert isinstance(last.positions_left, int)
     horizon = last.positions_used + last.positions_left
     full = next(i for i, sample in enumerate(samples) if sample.num_forgotten_frames)
     tenth = (len(samples) - full) // 10
