@@ -160,9 +160,9 @@ def check_bytes(showings: Sequence[Showing]) -> Check:
 def check_room(showings: Sequence[Showing]) -> Check:
     """Whether of each script all memories had the same room, but the one that keeps everything, and none took more."""
     limited = [showing for showing in showings if showing.setting.keeping.share < 1]
-    rooms = {(each.seed, each.setting.layout, each.memory.resident_bytes) for each in limited}
+    rooms = {(each.seed, each.setting.layout, each.memory.capacity_tokens) for each in limited}
     caches = [asked.before for showing in limited for asked in showing.asked]
-    within = sum(cache.logical_bytes <= cache.resident_bytes for cache in caches)
+    within = sum(cache.num_tokens <= cache.capacity_tokens for cache in caches)
     num_scripts = len({(each.seed, each.setting.layout) for each in limited})
     return Check(
         promise="every way to keep has the same bytes",

@@ -180,8 +180,8 @@ class _Stage:
         return num_sent + len(pictures)
 
     def _wait_encoded(self, num_frames: int) -> CacheInfo:
-        """Wait until so many frames were in the memory or were left out; a gate may leave part of a chunk waiting."""
-        slack = self._setting.chunk_frames - 1 if self._keeping.gate else 0
+        """Wait until so many frames were in the memory or were left out, where part of a chunk may wait for more."""
+        slack = self._setting.chunk_frames - 1 if self._keeping.leaves_out else 0
         newest, progressed = -1, time.monotonic()
         while (num_done := self._num_done(stats := stats_of(self._node, self._stream))) < num_frames - slack:
             if num_done > newest:
