@@ -95,9 +95,10 @@ def test_ways_to_keep_are_compared_by_age():
     assert report.held, report.checks
     assert [row.keeping for row in report.recall] == [EVERYTHING, window]
     assert all(row.right == Count(6, 6) and sum(age.right.of for age in row.ages) == 6 for row in report.recall)
-    larger = msgspec.structs.replace(report.showings[1].memory, capacity_tokens=1)
-    unequal = [report.showings[3], msgspec.structs.replace(report.showings[3], memory=larger)]
-    assert not check_room(unequal).held
+    smaller = msgspec.structs.replace(report.showings[1].memory, resident_bytes=1)
+    cramped = msgspec.structs.replace(report.showings[1], memory=smaller)
+    assert not check_room([cramped]).held
+    assert not check_room([report.showings[1], cramped]).held
 
 
 def test_choices_are_scored_where_they_were_asked_for():

@@ -162,6 +162,13 @@ def test_a_fixed_camera_sees_nothing_for_a_good_part_of_the_time():
         assert 0.2 < sum(is_busy) / len(is_busy) < 0.8
 
 
+def test_the_last_frames_are_those_that_have_room_beside_the_opening():
+    last = next(keeping for keeping in KEEPINGS if keeping.only_last)
+    assert last.last_frames(96, 2) == 20
+    assert last.last_frames(128, 8) == 16
+    assert not any(keeping.last_frames(96, 2) for keeping in KEEPINGS if keeping is not last)
+
+
 def test_a_stream_that_is_too_short_to_forget_anything_is_refused():
     with pytest.raises(ValueError, match="16 would do"):
         recall(0, 1, [48, 8], 1, KEPT)

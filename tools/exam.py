@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -158,16 +159,22 @@ def check_bytes(showings: Sequence[Showing]) -> Check:
 
 
 def check_room(showings: Sequence[Showing]) -> Check:
-    """Whether of each script all memories had the same room, but the one that keeps everything, and none took more."""
+    """Whether of each script all memories but the one that keeps everything had the same bytes, and took no more."""
     limited = [showing for showing in showings if showing.setting.keeping.share < 1]
-    rooms = {(each.seed, each.setting.layout, each.memory.capacity_tokens) for each in limited}
-    caches = [asked.before for showing in limited for asked in showing.asked]
-    within = sum(cache.num_tokens <= cache.capacity_tokens for cache in caches)
-    num_scripts = len({(each.seed, each.setting.layout) for each in limited})
+    rooms: dict[tuple[int, str], set[int]] = defaultdict(set)
+    for showing in limited:
+        if not showing.setting.keeping.only_last:
+            rooms[showing.seed, showing.setting.layout].add(showing.memory.resident_bytes)
+    within = [
+        asked.before.logical_bytes <= min(rooms[showing.seed, showing.setting.layout], default=0)
+        for showing in limited
+        for asked in showing.asked
+    ]
+    num_same = sum(len(sizes) == 1 for sizes in rooms.values())
     return Check(
         promise="every way to keep has the same bytes",
-        held=len(rooms) == num_scripts and within == len(caches),
-        figures=f"{len(rooms)} sizes for {num_scripts} streams; within them {within} of {len(caches)} times",
+        held=num_same == len(rooms) and all(within),
+        figures=f"one size in {num_same} of {len(rooms)} streams; within it {sum(within)} of {len(within)} times",
     )
 
 

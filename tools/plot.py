@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..protocol.errors import OnlookerError
 from .panel import Panel
+from .quantity import bytes_text
 from .score import Count, RecallScore, Score, SettingScore
 from .story import COLOURS as STORY_COLOURS
 
@@ -104,7 +105,7 @@ def _draw_recall(rows: Sequence[RecallScore], axes: Axes) -> None:
             linestyle="--" if row.keeping.share == 1 else "-",
             elinewidth=0.7,
             capsize=2,
-            label=row.keeping.name,
+            label=f"{row.keeping.name}, {bytes_text(round(row.logical_bytes))}",
         )
     axes.axhline(100 / len(STORY_COLOURS), color="grey", linewidth=0.8, linestyle=":", label="a blind guess")
     _name_places(axes, [f"{_span_text(*span)}\n{num}" for span, num in num_asked.items()])

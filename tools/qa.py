@@ -251,7 +251,7 @@ def _lengths(text: str) -> list[int]:
 def _draw(report: Report, path: Path) -> None:
     title = f"{report.model}: {report.score.all} answers are right"
     if report.recall:
-        plot_recall(report.recall, path, title)
+        plot_recall(report.recall, path, f"{report.model}: what is still known, by how it is kept")
     elif report.comparison:
         plot_settings(report.comparison, path, title)
     else:

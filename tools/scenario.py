@@ -33,6 +33,7 @@ FIXED_SHOW_CHUNKS = 2  # or longer
 FIXED_GAP_CHUNKS = 3
 MAX_FIXED_THINGS = 6
 MIN_RECALL_CHUNKS = 16  # so that a share of their memory holds more than a chunk
+OPENING_CHUNKS = 2  # the opening of the prompt takes the room of so many
 
 AGE_BOUNDS = (0, 4, 8, 16, 24, 32, 48)  # chunks; a span of ages ends with each
 
@@ -45,12 +46,19 @@ class Keeping(msgspec.Struct, frozen=True):
     gate: float = 0.0  # grey levels
     drop: float = 1.0  # cosine similarity
     share: float = 1.0  # of the bytes that everything takes
+    only_last: bool = False  # the last frames that have room are all that the model is shown
 
     @property
     def leaves_out(self) -> set[str]:
         """Why frames are dropped that the memory is not meant to take in."""
         reasons = {"gated"} if self.gate else set()
-        return reasons | {"memory_full"} if self.share < 1 and self.retention == "stop" else reasons
+        is_filled = self.share < 1 and self.retention == "stop" and not self.only_last
+        return reasons | {"memory_full"} if is_filled else reasons
+
+    def last_frames(self, num_frames: int, chunk_frames: int) -> int:
+        """Of so many frames, those that the model is shown anew with each chunk; 0: none anew."""
+        num_chunks = max(1, int(self.share * num_frames) // chunk_frames - OPENING_CHUNKS)
+        return num_chunks * chunk_frames if self.only_last else 0
 
 
 ROOM = 1 / 4
@@ -63,6 +71,7 @@ KEEPINGS = (
     Keeping("gate + window", "window", gate=10.0, share=ROOM),
     Keeping("drop + window", "window", drop=0.95, share=ROOM),
     Keeping("gate + drop + thin", "thin", gate=10.0, drop=0.95, share=ROOM),
+    Keeping("last frames", share=ROOM, only_last=True),
 )
 
 

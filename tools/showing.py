@@ -104,10 +104,11 @@ def show(parts: Sequence[Part], node: NodeClient, link: Link, manner: Manner | N
     whole_bytes = 0
     with ThreadPoolExecutor(NUM_ASKERS) as askers:
         for i, part in enumerate(parts):
-            share = part.setting.keeping.share
-            memory_bytes = int(share * whole_bytes) if share < 1 else UNSET
+            keeping = part.setting.keeping
+            is_limited = keeping.share < 1 and not keeping.only_last  # which takes no more room than it has frames
+            memory_bytes = int(keeping.share * whole_bytes) if is_limited else UNSET
             showing = _Stage(f"qa-{run}-{i}", part, node, askers, manner or Manner()).show(link, memory_bytes)
-            if share == 1:
+            if keeping.share == 1:
                 whole_bytes = showing.memory.logical_bytes
             yield showing
 
@@ -136,7 +137,7 @@ class _Stage:
                 gate=self._keeping.gate,
                 drop=self._keeping.drop,
                 retention=self._keeping.retention,
-                last_frames=0,
+                last_frames=self._keeping.last_frames(self._script.num_frames, setting.chunk_frames),
                 memory_bytes=memory_bytes,
             )
         )
