@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import vision_utils
 
 from .graphs import Recorded, Recorder
@@ -21,7 +20,6 @@ from .graphs import Recorded, Recorder
 MAX_PLANS = 8  # grids remembered: a stream has one, and streams are few
 ALIGNED_WIDTH = 128  # of a matrix product; others fall to kernels of half the speed
 MAX_RECORDED = 4096  # patches; more of them keep a GPU busy for longer than the host needs
-_LONG = 1024  # tokens from which on the choice of an attention kernel counts
 
 # (products into the hidden width, product out of it), by family
 _MLP_PARTS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"), (("linear_fc1",), "linear_fc2"))
@@ -69,7 +67,6 @@ class VisionTower:
         self._plans: OrderedDict[tuple[int, int, int], _Plan] = OrderedDict()
         self.before: Callable[..., tuple[Tensor, Tensor, Tensor]] = before_attention
         self.after: Callable[..., Tensor] = after_attention
-        self.long_backend: SDPBackend | None = None  # for long segments; None: torch's own choice
         self.recorded: Recorded[_RecordedTower] | None = None  # of small grids, where there are CUDA graphs
 
     @property
@@ -133,16 +130,11 @@ class VisionTower:
         outs, at = [], 0
         for length, num in segments:
             rows = slice(at, at + length * num)
-            batch = (x[rows].unflatten(0, (num, length)).transpose(1, 2) for x in (q, k, v))
-            outs.append(self._attention(*batch).transpose(1, 2).flatten(2).flatten(0, 1))
+            query, key, value = (x[rows].unflatten(0, (num, length)).transpose(1, 2) for x in (q, k, v))
+            attended = F.scaled_dot_product_attention(query, key, value)
+            outs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
             at = rows.stop
         return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.long_backend is None or q.shape[2] < _LONG:
-            return F.scaled_dot_product_attention(q, k, v)
-        with sdpa_kernel(self.long_backend):
-            return F.scaled_dot_product_attention(q, k, v)
 
     def _plan(self, grid: tuple[int, int, int]) -> _Plan:
         plan = self._plans.get(grid)

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 from onlooker.node import model as model_module
 from onlooker.node import vision
@@ -321,9 +320,6 @@ class Bench:
         self.report.time("vision: ours", self._see)
         theirs, ours = visual(self.patches, grid_thw=grid_thw).pooler_output, self._see().embeds
         self.report.add("vision: ours against transformers, relative", _gap(ours, theirs) / float(theirs.abs().max()))
-        tower.long_backend = SDPBackend.CUDNN_ATTENTION
-        self.report.time("vision: ours, cuDNN for frames", self._see)
-        tower.long_backend = None
         sound = tower._attend
         tower._attend = _varlen_attend  # type: ignore[method-assign]
         self.report.time("vision: ours, varlen for windows and frames", self._see)
@@ -413,13 +409,10 @@ class Bench:
     def time_vision_compiled(self) -> None:
         tower = self.model.tower
         self.report.time("vision compiled", self._see)
-        tower.long_backend = SDPBackend.CUDNN_ATTENTION
-        self.report.time("vision compiled, cuDNN for frames", self._see)
         sound = tower._attend
         tower._attend = _varlen_attend  # type: ignore[method-assign]
         self.report.time("vision compiled, varlen", self._see)
         tower._attend = sound  # type: ignore[method-assign]
-        tower.long_backend = None
         self.profile("vision", self._see)
 
     @torch.inference_mode()
