@@ -6,7 +6,7 @@ Only streams with `degrade` do; `ladder` says in which steps.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec import UNSET
@@ -27,19 +27,11 @@ CLOSE_TIMEOUT_S = 1.0
 class Degradation:
     """Looks at the streams once a period, on its own thread from `start` to `close`. Its verbs are for any thread."""
 
-    def __init__(
-        self,
-        state: NodeState,
-        announce: Announce,
-        bounds: Bounds,
-        period_s: float,
-        now: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, state: NodeState, announce: Announce, bounds: Bounds, period_s: float) -> None:
         self._state = state
         self._announce = announce
         self._bounds = bounds
         self._period_s = period_s
-        self._now = now
         self._ladders: dict[str, Ladder] = {}
         self._lock = threading.Lock()
         self._is_closing = threading.Event()
@@ -67,10 +59,11 @@ class Degradation:
         """The device has no memory for a chunk: what to try once more with, or None."""
         with self._lock:
             ladder = self._ladders.get(stream)
-            steps = ladder.relieve(self._now()) if ladder else []
-            for step in steps:
-                self._take(stream, step, {})
-            return steps[-1].options if steps else None
+            steps = ladder.relieve(time.monotonic()) if ladder else []
+            if not steps:
+                return None
+            self._take(stream, steps, {})
+            return steps[-1].options
 
     def _run(self) -> None:
         while not self._is_closing.wait(self._period_s):
@@ -87,25 +80,24 @@ class Degradation:
             for stats in streams:
                 if (ladder := self._ladders.get(stats.stream)) is not None:
                     seen = _seen(stats, load, None if room is None else room.free_bytes)
-                    if (step := ladder.look(self._now(), seen)) is not None:
-                        self._take(stats.stream, step, _figures(seen))
+                    if (step := ladder.look(time.monotonic(), seen)) is not None:
+                        self._take(stats.stream, [step], _figures(seen))
 
-    def _take(self, stream: str, step: Step, figures: dict[str, Any]) -> None:
-        """Go on with what a step leaves of a stream's options, and tell."""
-        taken = self._ladders[stream].taken
+    def _take(self, stream: str, steps: Sequence[Step], figures: dict[str, Any]) -> None:
+        """Go on with what steps leave of a stream's options, and tell of each."""
+        options, taken = steps[-1].options, self._ladders[stream].taken
         try:
-            self._state.intake.adjust(stream, step.options, taken)
-            self._state.engine.adjust(stream, step.options)
+            self._state.intake.adjust(stream, options, taken)
+            self._state.engine.adjust(stream, options)
         except NodeError as error:
             if error.code != ErrorCode.UNKNOWN_STREAM:  # it has just been removed
                 raise
             return
-        told = {"stream": stream, "rung": step.rung, "reason": step.reason, "degraded": taken, **figures}
-        rung, reason = step.rung.replace("_", " "), step.reason.replace("_", " ")
-        if step.is_down:
-            self._announce("degraded", f"a step down, {rung}: {reason}", **told)
-        else:
-            self._announce("restored", f"a step up, {rung}: {reason}", **told)
+        for step in steps:
+            kind, way = ("degraded", "down") if step.is_down else ("restored", "up")
+            message = f"a step {way}, {step.rung.replace('_', ' ')}: {step.reason.replace('_', ' ')}"
+            told = {"rung": step.rung, "reason": step.reason, "degraded": taken}
+            self._announce(kind, message, stream=stream, **told, **figures)
 
 
 def _seen(stats: StreamStats, load: float, free_bytes: int | None) -> Seen:

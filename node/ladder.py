@@ -28,11 +28,11 @@ class Rung:
 class Bounds:
     """From where on there is too little, and when there is enough again."""
 
-    max_lag_ms: float = 2000.0
-    min_free_bytes: int = 1 << 30  # of the device
-    settle_s: float = 5.0  # between two steps, so that the first can show what it does
-    recover_s: float = 60.0  # without shortage, before a step up
-    recover_load: float = 0.5  # of the engine's time; a step up may double it
+    max_lag_ms: float
+    min_free_bytes: int  # of the device
+    settle_s: float  # between two steps, so that the first can show what it does
+    recover_s: float  # without shortage, before a step up
+    recover_load: float  # of the engine's time; a step up may double it
 
 
 @dataclass(frozen=True, slots=True)
