@@ -571,7 +571,6 @@ class Engine:
         chunk, future = self._chunks[stream].popleft()
         self._chunks[stream] = self._chunks.pop(stream)  # to the end of the line
         upload = self._uploaded(chunk)
-        self._look_ahead()
         if future.set_running_or_notify_cancel():
             self._encode(stream, chunk, upload, future)
         self._pinned.discard(stream)
@@ -594,6 +593,7 @@ class Engine:
 
     def _append(self, stream: str, chunk: Chunk, upload: Upload | None) -> Encoded:
         """Encode a chunk; one that the device has no memory for is tried once more if its stream can do with less."""
+        self._look_ahead()
         memory, between = self._memories[stream], partial(self._between, stream)
         try:
             return memory.append(chunk, upload, between)

@@ -299,6 +299,19 @@ def test_the_pictures_of_a_chunk_that_is_refused_are_let_go(engine: Engine, mode
     assert len(uploader.chunks) == 1 and engine._ahead is None
 
 
+def test_an_upload_that_cannot_begin_costs_a_chunk_and_not_the_engine(engine: Engine, model: DirectedModel):
+    class NoThread(Uploader):
+        def start(self, chunk: Chunk) -> Upload:
+            raise RuntimeError("can't start new thread")
+
+    held_in_a_chunk(engine, model, chunk(0))
+    futures = [engine.encode("front", chunk(seq)) for seq in (2, 4)]
+    engine._uploader = NoThread(torch.device("cpu"))
+    model.let_go()
+    assert not wait(futures, WAIT_S).not_done
+    assert futures[1].result().num_tokens > 0 and engine.is_ready
+
+
 def test_the_times_of_a_chunk_are_its_own(model: DirectedModel):
     stream = memory(model)
     stream.append(chunk(0))
