@@ -271,7 +271,7 @@ class Engine:
         return self._call(lambda: self._remove_stream(stream))
 
     def adjust(self, stream: str, options: StreamOptions) -> Future[None]:
-        return self._call(lambda: self._memory(stream).adjust(options))
+        return self._call(lambda: self._adjust(stream, options))
 
     def encode(self, stream: str, chunk: Chunk) -> Future[Encoded]:
         future: Future[Encoded] = Future()
@@ -495,6 +495,10 @@ class Engine:
         self._pinned.discard(stream)
         memory.reset()
         return self._note(stream)
+
+    def _adjust(self, stream: str, options: StreamOptions) -> None:
+        self._memory(stream).adjust(options)
+        self._note(stream)
 
     def _rollback(self, stream: str, name: str) -> CacheInfo:
         memory = self._memory(stream)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
+from dataclasses import replace
 
 import pytest
 from checkpoints import Checkpoints, DirectedModel, are_equal, chunk, rows
@@ -111,6 +112,14 @@ def test_an_answer_that_reads_while_forgetting_is_due_is_the_one_it_would_have_b
     assert not wait(chunks, WAIT_S).not_done
     assert all(future.exception() is None for future in chunks)
     assert engine.cache_info("front").num_forgotten_frames > 0
+
+
+def test_the_figures_follow_a_share_of_the_memory_at_once(engine: Engine, model: DirectedModel):
+    add(engine, model, "window", 400)
+    encode(engine, range(0, 4, 2))
+    halved = replace(the_memory(engine).options, memory_share=0.5)
+    engine.adjust("front", halved).result(WAIT_S)
+    assert engine.cache_info("front").capacity_tokens == 175
 
 
 def test_a_chunk_that_fails_after_others_were_forgotten_for_it_leaves_the_figures_true(
