@@ -5,9 +5,9 @@
     python -m onlooker.node.verify --answers        greedy answers too, word for word
 
 Five promises: chunk by chunk equals one pass over the whole prompt; what a memory has not forgotten equals one pass
-in which the forgotten is masked; a question, however it ends, leaves no
-trace, bit for bit; bytes are tokens x bytes per token and lie in the storage reserved for them; questions
-answered together are answered as they would be alone. Prints a table, exits 1 on a miss.
+in which the forgotten is masked; a question, however it ends, leaves no trace, bit for bit; bytes are tokens x bytes
+per token and lie in the storage reserved for them; questions answered together are answered as they would be alone.
+Prints a table, exits 1 on a miss.
 """
 
 import argparse
