@@ -9,11 +9,9 @@ tenth takes over 2 % longer or more memory than the first.
 
 import argparse
 import json
-import statistics
+import math
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,58 +26,50 @@ QUESTION = "Which shapes have you seen so far?"
 TOLERANCE = 1.02
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """What one chunk cost and left; times are the processor's, so that other work on the machine is no part of them."""
-
-    chunk_ms: float
-    num_tokens: int
-    resident_bytes: int
-    positions_used: int
-    num_forgotten_frames: int
-    rss_bytes: int
-    question_ms: float | None = None
+FIELDS = ("chunk_ms", "question_ms", "num_tokens", "resident_bytes", "positions_used", "forgotten_frames", "rss_bytes")
 
 
-def watch(node: LocalNode, num_chunks: int, every: int) -> list[Sample]:
-    """Feed chunks of two frames, and ask after each `every`-th."""
+def watch(node: LocalNode, num_chunks: int, every: int) -> np.ndarray:
+    """Feed chunks of two frames, and ask after each `every`-th; returns a row of FIELDS for each chunk.
+
+    Times are the processor's, so that other work on the machine is no part of them; without a question it is nan.
+    """
     pool = np.random.default_rng(0).integers(0, 256, (32, 56, 56, 3), dtype=np.uint8)
-    samples = []
+    samples = np.full((num_chunks, len(FIELDS)), np.nan)  # all of it at once: what is measured must not grow by itself
     for number in range(num_chunks):
         began = time.process_time()
         for seq in (2 * number, 2 * number + 1):
             node.process_frame(STREAM, pool[seq % len(pool)], ts=1 + seq * INTERVAL_NS)
         chunk_ms = (time.process_time() - began) * 1e3
         info = node.cache_info(STREAM)
-        question_ms = None
+        question_ms = math.nan
         if number % every == every - 1:
             began = time.process_time()
             answer = node.ask(STREAM, QUESTION, max_new_tokens=4)
             question_ms = (time.process_time() - began) * 1e3
             assert answer.memory.unchanged
         rss = host_rss_bytes()
-        samples.append(
-            Sample(
-                chunk_ms,
-                info.num_tokens,
-                info.resident_bytes,
-                info.positions_used,
-                info.num_forgotten_frames,
-                rss if isinstance(rss, int) else 0,
-                question_ms,
-            )
+        samples[number] = (
+            chunk_ms,
+            question_ms,
+            info.num_tokens,
+            info.resident_bytes,
+            info.positions_used,
+            info.num_forgotten_frames,
+            rss if isinstance(rss, int) else 0,
         )
         if number % (num_chunks // 10) == 0:
             print(f"{number} chunks, {info.num_tokens} tokens, position {info.positions_used}", flush=True)
     return samples
 
 
-def summary(samples: Sequence[Sample]) -> dict[str, float]:
+def summary(samples: np.ndarray) -> dict[str, float]:
     """Figures of a part of the day."""
+    chunk_ms, question_ms, *_, rss_bytes = samples.T
     return {
-        "chunk_ms": statistics.median(sample.chunk_ms for sample in samples),
-        "question_ms": statistics.median(s.question_ms for s in samples if s.question_ms is not None),
-        "rss_bytes": max(sample.rss_bytes for sample in samples),
+        "chunk_ms": float(np.median(chunk_ms)),
+        "question_ms": float(np.nanmedian(question_ms)),
+        "rss_bytes": float(rss_bytes.max()),
     }
 
 
@@ -109,12 +99,13 @@ def main() -> int:
         last = node.cache_info(STREAM)
     assert isinstance(last.positions_left, int)
     horizon = last.positions_used + last.positions_left
-    full = next(i for i, sample in enumerate(samples) if sample.num_forgotten_frames)
+    _, _, _, resident_bytes, positions_used, forgotten_frames, _ = samples.T
+    full = int(np.argmax(forgotten_frames > 0))
     tenth = (len(samples) - full) // 10
     first_tenth, last_tenth = summary(samples[full : full + tenth]), summary(samples[-tenth:])
     held = {
-        "bytes never change": len({sample.resident_bytes for sample in samples}) == 1,
-        "positions stay below the horizon": max(sample.positions_used for sample in samples) <= horizon,
+        "bytes never change": len(set(resident_bytes)) == 1,
+        "positions stay below the horizon": bool(positions_used.max() <= horizon),
     } | {f"{name} of the last tenth": last_tenth[name] <= TOLERANCE * first_tenth[name] for name in first_tenth}
     document = {
         "retention": args.retention,
@@ -122,14 +113,15 @@ def main() -> int:
         "full_after_chunks": full,
         "first_tenth": first_tenth,
         "last_tenth": last_tenth,
-        "most_positions": max(sample.positions_used for sample in samples),
+        "most_positions": int(positions_used.max()),
         "horizon": horizon,
         "forgotten_frames": last.num_forgotten_frames,
         "held": held,
     }
     print(json.dumps(document, indent=2))
     if args.json:
-        args.json.write_text(json.dumps(document | {"samples": [asdict(s) for s in samples[:: max(1, tenth // 100)]]}))
+        some = samples[:: max(1, tenth // 100)].round(3).tolist()
+        args.json.write_text(json.dumps(document | {"fields": FIELDS, "samples": some}))
     return 0 if all(held.values()) else 1
 
 
