@@ -282,10 +282,10 @@ class Degrade(_Section):
     """When streams with degrade = true give up quality, and when they get it back."""
 
     max_lag_ms: Annotated[float, BeforeValidator(_whole_number), Field(gt=0, allow_inf_nan=False)] = Field(
-        default=2000.0, description="a chunk that comes into the memory later than that is too late"
+        default=2000.0, description="a chunk that comes into the memory so much later than the fastest did is too late"
     )
     min_free_bytes: Bytes = Field(
-        default=ByteSize(1 << 30), description="less free memory on the device is too little, whoever takes it"
+        default=ByteSize(512 << 20), description="less free memory on the device is too little, whoever takes it"
     )
     settle_s: Seconds = Field(default=5.0, description="between two steps down")
     recover_s: Seconds = Field(default=60.0, description="without shortage, before each step up")

@@ -28,7 +28,7 @@ class Rung:
 class Bounds:
     """From where on there is too little, and when there is enough again."""
 
-    max_lag_ms: float
+    max_lag_ms: float  # beyond the least one seen
     min_free_bytes: int  # of the device
     settle_s: float  # between two steps, so that the first can show what it does
     recover_s: float  # without shortage, before a step up
@@ -73,6 +73,7 @@ class Ladder:
         self._stepped_at = float("-inf")
         self._well_since: float | None = None
         self._seen: Seen | None = None
+        self._least_lag_ms = float("inf")
 
     @property
     def taken(self) -> list[str]:
@@ -82,6 +83,8 @@ class Ladder:
     def look(self, now: float, seen: Seen) -> Step | None:
         """Take a step, if it is time for one; `now` is in seconds and never goes back."""
         before, self._seen = self._seen, seen
+        if seen.lag_ms is not None:
+            self._least_lag_ms = min(self._least_lag_ms, seen.lag_ms)
         reason = self._shortage(before or seen, seen)
         if reason is not None:
             self._well_since = None
@@ -105,13 +108,18 @@ class Ladder:
         bounds = self._bounds
         if seen.num_out_of_memory > before.num_out_of_memory:
             return "out_of_memory"
-        if seen.free_bytes is not None and seen.free_bytes < bounds.min_free_bytes:
+        if seen.free_bytes is not None and seen.free_bytes < bounds.min_free_bytes and self._can_ease:
             return "device_memory"
         if seen.num_ring_full > before.num_ring_full:
             return "ring_full"
-        # While nothing is encoded the lag is an old one.
-        is_late = seen.lag_ms is not None and seen.lag_ms > bounds.max_lag_ms
+        # While nothing is encoded the lag is an old one. A camera's clock may be off by more than any lag.
+        is_late = seen.lag_ms is not None and seen.lag_ms - self._least_lag_ms > bounds.max_lag_ms
         return "lag" if is_late and seen.num_encoded > before.num_encoded else None
+
+    @property
+    def _can_ease(self) -> bool:
+        """Whether a chunk takes less device memory further down; the other rungs save none."""
+        return any(rung.eases_chunk for rung in self._rungs[self._num_down :])
 
     def _is_well(self, seen: Seen) -> bool:
         """Whether there is room for more, and not just enough."""

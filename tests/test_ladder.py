@@ -20,7 +20,8 @@ def late(num_encoded: int) -> Seen:
 
 def gone_down(ladder: Ladder, now: float = 0.0) -> list[str]:
     """The rungs of all steps down, one every 5 s, while chunks are late."""
-    steps = [ladder.look(now + 5 * i, late(i)) for i in range(10)]
+    ladder.look(now, WELL)
+    steps = [ladder.look(now + 5 * i, late(i)) for i in range(1, 11)]
     return [step.rung for step in steps if step]
 
 
@@ -128,6 +129,20 @@ def test_what_was_lost_before_the_first_look_is_over():
 def test_an_old_lag_of_a_stream_that_stands_still_is_no_reason():
     ladder = Ladder(OPTIONS, BOUNDS)
     assert [ladder.look(float(now), late(7)) for now in range(10)] == [None] * 10
+
+
+def test_a_camera_whose_clock_is_slow_is_not_late():
+    ladder = Ladder(OPTIONS, BOUNDS)
+    assert [ladder.look(float(now), late(now)) for now in range(10)] == [None] * 10
+    assert ladder.look(10.0, replace(late(11), lag_ms=2600.0)) is not None
+
+
+def test_nothing_is_given_up_for_device_memory_that_saves_none():
+    ladder = Ladder(replace(OPTIONS, retention="window"), BOUNDS)
+    short = replace(WELL, free_bytes=99)
+    steps = [ladder.look(10.0 * now, short) for now in range(20)]
+    assert [step.rung for step in steps if step] == ALL  # the last of them makes chunks smaller
+    assert gone_down(ladder, now=300.0) == ["thin", "newest"]
 
 
 @pytest.mark.parametrize("retention", ["window", "thin"])
