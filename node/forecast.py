@@ -13,8 +13,8 @@ from .options import StreamOptions
 from .preprocess import encode_size
 
 _NS = 1_000_000_000
-_SMALL_PICTURE = (16, 9)  # pixels: as small as pictures get, so that the bounds alone say how they are encoded
-_LARGE_PICTURE = (16 << 12, 9 << 12)
+_SHAPES = ((16, 9), (4, 3), (1, 1))  # of pictures; as small as that in pixels, and as large, the bounds alone decide
+_LARGE = 1 << 12
 
 
 def forecast(model: VisionLanguageModel, options: StreamOptions) -> Forecast:
@@ -24,11 +24,12 @@ def forecast(model: VisionLanguageModel, options: StreamOptions) -> Forecast:
     """
     retention, num_last = options.policy, options.last_frames // options.chunk_frames
     capacity = retention.max_tokens(options.memory_bytes // model.kv_shape.bytes_per_token)
-    least = footprint_of(model, options, _size(model, options, _SMALL_PICTURE))
+    size = _size(model, options, (_LARGE * _SHAPES[0][0], _LARGE * _SHAPES[0][1]))
+    footprint = footprint_of(model, options, size)
+    sizes = {_size(model, options, (s * w, s * h)) for w, h in _SHAPES for s in (1, _LARGE)}
+    least = min((footprint_of(model, options, size) for size in sizes), key=lambda its: its.tokens_per_chunk)
     if fit(least, capacity, options.fps).num_chunks < max(1, num_last):
         raise _too_small(options, least)
-    size = _size(model, options, _LARGE_PICTURE)
-    footprint = footprint_of(model, options, size)
     num_chunks, limit = fit(footprint, capacity, options.fps)
     if 0 < num_last < num_chunks:
         num_chunks, limit = num_last, "memory"  # whose positions begin anew

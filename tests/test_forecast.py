@@ -80,6 +80,16 @@ def test_while_the_size_is_unknown_the_largest_pictures_are_counted_and_the_smal
     assert forecast(model, options(model, 40, encode_size=None, min_pixels=1, max_pixels=10**12)).num_chunks == 0
 
 
+def test_a_memory_that_holds_pictures_of_another_shape_is_not_refused(model: DirectedModel):
+    side = model.geometry.factor
+    needed = tokens_of(forecast(model, options(model, encode_size=(4 * side, 3 * side))).footprint, 1)
+    # Within these bounds pictures of 16:9 take 15 tokens, those of 4:3 take 12.
+    bounds = {"encode_size": None, "min_pixels": 12 * side**2, "max_pixels": 16 * side**2}
+    assert forecast(model, options(model, needed, **bounds)).num_chunks == 0
+    with pytest.raises(NodeError, match=f"takes {needed} tokens or more"):
+        forecast(model, options(model, needed - 1, **bounds))
+
+
 def test_without_a_rate_no_seconds_are_foretold(model: DirectedModel):
     foretold = forecast(model, options(model, fps=None))
     assert foretold.seconds_of_memory is UNSET and foretold.seconds_of_positions is not UNSET  # the clock alone counts
