@@ -15,6 +15,7 @@ from onlooker.node.__main__ import leave, main
 from onlooker.node.config import NodeConfig
 from onlooker.node.options import StreamOptions
 from onlooker.protocol.errors import ErrorCode, NodeError
+from onlooker.protocol.messages import Forecast
 
 WORD_S, LOAD_S, CLOSE_S = map(float, sys.argv[1:4])
 
@@ -22,7 +23,7 @@ WORD_S, LOAD_S, CLOSE_S = map(float, sys.argv[1:4])
 class SeenEngine(FakeEngine):
     """A fake engine whose streams have seen something from the start."""
 
-    def add_stream(self, options: StreamOptions) -> Future[None]:
+    def add_stream(self, options: StreamOptions) -> Future[Forecast]:
         future = super().add_stream(options)
         remember(self, stream=options.name)
         return future

@@ -15,7 +15,7 @@ from nodes import running_node
 from onlooker.node.node import Node
 from onlooker.node.options import StreamOptions
 from onlooker.protocol.errors import ErrorCode, NodeError
-from onlooker.protocol.messages import Vram
+from onlooker.protocol.messages import Forecast, Vram
 from onlooker.tools import capacity
 from onlooker.tools.capacity import _num_bytes
 from onlooker.tools.capacity_report import CapacityReport, recommendations
@@ -86,9 +86,9 @@ def test_the_report_for_people_shows_what_was_predicted_beside_what_came(clip: P
 
 def test_with_less_free_memory_than_it_seemed_a_smaller_one_is_reserved(clip: Path):
     class ScarceEngine(FakeEngine):
-        def add_stream(self, options: StreamOptions) -> Future[None]:
+        def add_stream(self, options: StreamOptions) -> Future[Forecast]:
             if options.memory_bytes > 900_000_000:
-                refused: Future[None] = Future()
+                refused: Future[Forecast] = Future()
                 refused.set_exception(NodeError(ErrorCode.OUT_OF_MEMORY, "that much is not free"))
                 return refused
             return super().add_stream(options)
