@@ -123,6 +123,7 @@ class Node:
         self._open.callback(intake.close)
         _starting(f"endpoints.frames: cannot listen at {self._config.endpoints.frames}", intake.start)
         self._state.listens("frames", intake.bound_endpoint or self._config.endpoints.frames)
+        self._state.is_adding = True
         self._state.attach(engine, intake)
         engine.relieve = self._degradation.relieve
         self._degradation.start()
@@ -130,6 +131,7 @@ class Node:
         for stream in self._config.streams:
             steps = self._control.add_stream(self._config.stream_options(stream))
             _starting(f"stream {stream.name}", partial(_run_steps, steps))
+        self._state.is_adding = False
         model = engine.model
         facts = {"node": self._config.name, "model": model.name, "dtype": model.dtype, "device": model.device}
         logger.info("ready", extra={"facts": {**facts, **self._state.endpoints}})

@@ -36,6 +36,7 @@ class NodeState:
         self.session = uuid.uuid4().hex
         self.rejected = Tally()
         self.is_stopping = False
+        self.is_adding = False  # the streams of the configuration, one after the other
         self._bound: dict[str, str] = {}
         self._started = time.monotonic()
         self._engine: EngineProtocol | None = None
@@ -88,7 +89,7 @@ class NodeState:
         """The engine, if it takes questions now. Raises NodeError NOT_READY."""
         if self.is_stopping:
             raise NodeError(ErrorCode.NOT_READY, "the node is stopping")
-        if not self.engine.is_ready:
+        if not self.engine.is_ready or self.is_adding:
             raise NodeError(ErrorCode.NOT_READY, "the engine is starting", retry_after_ms=1000)
         return self.engine
 
@@ -96,7 +97,8 @@ class NodeState:
     def phase(self) -> Literal["starting", "ready", "stopping"]:
         if self.is_stopping:
             return "stopping"
-        return "ready" if self._engine is not None and self._engine.is_ready else "starting"
+        is_ready = self._engine is not None and self._engine.is_ready and not self.is_adding
+        return "ready" if is_ready else "starting"
 
     @property
     def limits(self) -> QuestionLimits:

@@ -30,10 +30,11 @@ from nodes import FREE_PORTS, RawClient, packed, remember, running_node
 from onlooker.node.__main__ import main
 from onlooker.node.config import load
 from onlooker.node.node import EngineFailedError, Node, StartError
+from onlooker.node.options import StreamOptions
 from onlooker.protocol.client import NodeClient
 from onlooker.protocol.endpoints import ENDPOINTS
 from onlooker.protocol.errors import NoReplyError
-from onlooker.protocol.messages import Marks
+from onlooker.protocol.messages import Forecast, Marks
 
 FAKE_NODE = Path(__file__).parent / "fake_node.py"
 QUESTION = {"stream": "front", "question": "one two three four five six seven eight nine ten"}
@@ -437,3 +438,16 @@ def test_another_protocol_on_the_port_harms_nobody(besieged: Node, line: bytes):
         assert control.ok("ping")["live"]
         if line.startswith(b"GET"):
             until(lambda: control.ok("status")["rejected"].get("handshake_failed"))
+
+
+def test_a_node_is_ready_once_the_streams_of_its_configuration_are_there():
+    class AskedEngine(FakeEngine):
+        def add_stream(self, options: StreamOptions) -> Future[Forecast]:
+            seen.append(node._state.pong().ready)
+            return super().add_stream(options)
+
+    seen: list[bool] = []
+    with AskedEngine() as engine, running_node(None) as node:
+        node.attach(engine)
+        assert seen == [False]
+        assert node._state.pong().ready
