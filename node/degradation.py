@@ -22,6 +22,7 @@ from .telemetry import Announce
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 1.0
+STEP_EVENTS = {True: ("degraded", "down"), False: ("restored", "up")}  # by whether a step is one down
 
 
 class Degradation:
@@ -94,7 +95,7 @@ class Degradation:
                 raise
             return
         for step in steps:
-            kind, way = ("degraded", "down") if step.is_down else ("restored", "up")
+            kind, way = STEP_EVENTS[step.is_down]
             message = f"a step {way}, {step.rung.replace('_', ' ')}: {step.reason.replace('_', ' ')}"
             told = {"rung": step.rung, "reason": step.reason, "degraded": taken}
             self._announce(kind, message, stream=stream, **told, **figures)

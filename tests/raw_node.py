@@ -23,6 +23,7 @@ PROVENANCE: Fields = {
     "num_forgotten_chunks": 0,
     "num_forgotten_frames": 0,
     "seconds_forgotten": 0.0,
+    "ranges": [],
     "fingerprint_before": "aa",
     "fingerprint_after": "aa",
     "unchanged": True,

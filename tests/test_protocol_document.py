@@ -13,6 +13,7 @@ import zmq
 from raw_node import ANSWER, HELLO, RawNode, ok
 
 from onlooker.node.clock import MAX_BACKWARDS_FRAMES
+from onlooker.node.degradation import STEP_EVENTS
 from onlooker.node.state import MAX_PROGRESS_AGE_MS
 from onlooker.node.telemetry import STATE_EVENTS
 from onlooker.protocol import codec, messages, sockets
@@ -74,7 +75,7 @@ def test_the_drop_reasons_are_those_of_the_code() -> None:
 def test_the_event_kinds_are_those_of_the_code() -> None:
     sources = [path.read_text() for path in (Path(__file__).parent.parent / "node").glob("*.py")]
     announced = {kind for text in sources for kind in re.findall(r'announce\(\s*"(\w+)"', text)}
-    announced |= {kind for kind, _ in STATE_EVENTS.values()}
+    announced |= {kind for events in (STATE_EVENTS, STEP_EVENTS) for kind, _ in events.values()}
     assert {code(kind) for kind, _, _ in table_of("Event kinds")} == announced
 
 
