@@ -77,9 +77,7 @@ def attend_recent(query: Tensor, key: Tensor, value: Tensor, scale: float) -> li
         return _attend_by_pieces(kernel, query, key, value, scale)
     num_past = key.shape[0] - n
     if _kernel(query) is _flash_cuda and _flash_reads_recent(query.device, query.dtype):
-        key, value = key.transpose(0, 1)[None], value.transpose(0, 1)[None]
-        out, lse = _flash_cuda(query.flatten(1, 2), key, value, True, scale)
-        return [Partial(out.unflatten(1, query.shape[1:3]), lse.unflatten(1, query.shape[1:3]))]
+        return [_attend_grouped(_flash_cuda, query, key, value, True, scale)]
     own_key, own_value = key[num_past:].transpose(0, 1)[None], value[num_past:].transpose(0, 1)[None]
     partials = [attend_causal(query, own_key, own_value, scale)]
     if num_past:
@@ -89,23 +87,24 @@ def attend_recent(query: Tensor, key: Tensor, value: Tensor, scale: float) -> li
 
 def _attend_by_pieces(kernel: "Kernel", query: Tensor, key: Tensor, value: Tensor, scale: float) -> list[Partial]:
     """`attend_recent` by a kernel that is built anew for each length: it is given the past in few lengths."""
-    n, first, partials = query.shape[3], 0, []
-    num_past = key.shape[0] - n
-    folded = query.flatten(1, 2)  # (1, heads, n, head_dim); the kernels share K/V heads among them
-
-    def attend(start: int, stop: int, causal: bool) -> None:
-        its_key, its_value = (x[start:stop].transpose(0, 1)[None] for x in (key, value))
-        out, lse = kernel(folded, its_key, its_value, causal, scale)
-        partials.append(Partial(out.unflatten(1, query.shape[1:3]), lse.unflatten(1, query.shape[1:3])))
-
+    first, partials = 0, []
+    num_past = key.shape[0] - query.shape[3]
     for length in PIECES:
         while num_past - first >= length:
-            attend(first, first + length, False)
+            piece = slice(first, first + length)
+            partials.append(_attend_grouped(kernel, query, key[piece], value[piece], False, scale))
             first += length
     if first < num_past:
         partials.append(attend_shared(query, key[first:num_past], value[first:num_past], scale))
-    attend(num_past, num_past + n, True)
+    partials.append(_attend_grouped(kernel, query, key[num_past:], value[num_past:], True, scale))
     return partials
+
+
+def _attend_grouped(kernel: "Kernel", query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> Partial:
+    """Attend to a segment by a kernel that shares K/V heads among query heads; shapes as in `attend_recent`."""
+    key, value = key.transpose(0, 1)[None], value.transpose(0, 1)[None]
+    out, lse = kernel(query.flatten(1, 2), key, value, causal, scale)
+    return Partial(out.unflatten(1, query.shape[1:3]), lse.unflatten(1, query.shape[1:3]))
 
 
 def attend_ragged(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float) -> Partial:

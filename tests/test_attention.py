@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from onlooker.node import attention
 from onlooker.node.attention import (
     Partial,
     attend_causal,
@@ -157,3 +158,18 @@ def test_a_float32_query_row_is_the_same_alone_and_among_others():
     for row in range(4):
         alone = merge([attend_shared(grouped(query[row : row + 1], KV_HEADS), key, value, SCALE)])
         assert distance(alone[0], together[row]) <= 1e-6
+
+
+@pytest.mark.parametrize("num_past", [0, 100, 2048, 8192 + 2 * 2048 + 3])
+def test_a_past_in_pieces_is_attended_to_as_a_whole(num_past: int):
+    def sharing(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """As kernels of a GPU are: K/V heads are shared among query heads."""
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return attention._unfused(q, k, v, causal, scale)
+
+    random = torch.Generator().manual_seed(num_past)
+    query = torch.randn(1, 2, 3, 5, 16, generator=random)
+    key, value = torch.randn(2, num_past + 5, 2, 16, generator=random)
+    pieces = attention._attend_by_pieces(sharing, query, key, value, 0.25)
+    whole = attend_recent(query, key, value, 0.25)
+    assert (merge(pieces) - merge(whole)).abs().max() <= 1e-5
