@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,17 +122,22 @@ def chunk(
 
 
 def memory(
-    model: VisionLanguageModel, num_tokens: int = 512, layout: str = "native", chunk_frames: int = 2
+    model: VisionLanguageModel,
+    num_tokens: int = 512,
+    layout: str = "native",
+    chunk_frames: int = 2,
+    **options: Any,
 ) -> StreamMemory:
-    """A stream's memory with room for so many tokens, for pictures of any size."""
-    options = StreamOptions(
+    """A stream's memory with room for so many tokens, for pictures of any size; `options` are further ones."""
+    stream_options = StreamOptions(
         "front",
         chunk_frames=chunk_frames,
         layout=layout,  # type: ignore[arg-type]
         min_pixels=1,
         memory_bytes=num_tokens * model.kv_shape.bytes_per_token,
+        **options,
     )
-    return StreamMemory(model, options)
+    return StreamMemory(model, stream_options)
 
 
 def rows(stream: StreamMemory) -> list[Tensor]:

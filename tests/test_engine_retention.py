@@ -53,6 +53,14 @@ def encode(engine: Engine, seqs: range, stream: str = "front") -> int:
     return sum(engine.encode(stream, chunk(seq)).result(WAIT_S).num_forgotten_frames for seq in seqs)
 
 
+def fill(engine: Engine, seq: int = 0) -> int:
+    """Encode chunks from a sequence number on; returns that of the first for which others must be forgotten."""
+    while not the_memory(engine).must_forget(chunk(seq)):
+        engine.encode("front", chunk(seq)).result(WAIT_S)
+        seq += 2
+    return seq
+
+
 @pytest.mark.parametrize("retention", ["reset", "window", "thin"])
 def test_a_stream_that_forgets_takes_chunks_without_end_and_counts_them(
     engine: Engine, model: DirectedModel, retention: str
@@ -142,10 +150,7 @@ def test_neither_chunks_nor_new_questions_wait_for_an_answer_that_reads_what_is_
 ):
     add(engine, model, retention, 400)
     encode(engine, range(0, 150, 2))  # the first time, thinning frees more than is reserved for readers
-    seq = 150
-    while not the_memory(engine).must_forget(chunk(seq)):
-        engine.encode("front", chunk(seq)).result(WAIT_S)
-        seq += 2
+    seq = fill(engine, 150)
     order: list[str] = []
     model.hold()
     running = ask(engine, 60)
@@ -163,10 +168,7 @@ def test_neither_chunks_nor_new_questions_wait_for_an_answer_that_reads_what_is_
 
 def test_new_questions_wait_for_a_chunk_that_waits_for_answers(engine: Engine, model: DirectedModel):
     add(engine, model, "reset", 160)
-    seq = 0
-    while not the_memory(engine).must_forget(chunk(seq)):
-        engine.encode("front", chunk(seq)).result(WAIT_S)
-        seq += 2
+    seq = fill(engine)
     order: list[str] = []
     model.hold()
     running = ask(engine, 30)
@@ -189,10 +191,7 @@ def test_a_stream_that_need_not_forget_is_asked_while_another_one_waits(engine: 
     add(engine, model, "reset", 70)
     add(engine, model, "stop", 500, "other")
     encode(engine, range(0, 4, 2), "other")
-    seq = 0
-    while not the_memory(engine).must_forget(chunk(seq)):
-        engine.encode("front", chunk(seq)).result(WAIT_S)
-        seq += 2
+    seq = fill(engine)
     model.hold()
     running = ask(engine, 40)
     model.wait_until_held()
@@ -208,10 +207,7 @@ def test_a_stream_that_need_not_forget_is_asked_while_another_one_waits(engine: 
 @pytest.mark.parametrize("how", ["cancel", "reset", "remove"])
 def test_what_waits_to_forget_goes_on_however_the_reader_ends(engine: Engine, model: DirectedModel, how: str):
     add(engine, model, "reset", 70)
-    seq = 0
-    while not the_memory(engine).must_forget(chunk(seq)):
-        engine.encode("front", chunk(seq)).result(WAIT_S)
-        seq += 2
+    seq = fill(engine)
     model.hold()
     running = ask(engine, 40)
     model.wait_until_held()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import FAMILIES, Checkpoints, DirectedModel, are_equal, arena, chunk, rows
+from checkpoints import memory as any_memory
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -20,7 +21,6 @@ from onlooker.node.layout import LAYOUTS, Reach
 from onlooker.node.ledger import ChunkRecord
 from onlooker.node.memory import StreamMemory
 from onlooker.node.model import VisionLanguageModel
-from onlooker.node.options import StreamOptions
 from onlooker.node.passes import Prefill
 from onlooker.node.retention import POLICIES
 
@@ -31,15 +31,7 @@ QUESTION = "What do you see?"
 def memory(
     model: VisionLanguageModel, retention: str, num_tokens: int = 80, layout: str = "native", chunk_frames: int = 2
 ) -> StreamMemory:
-    options = StreamOptions(
-        "front",
-        chunk_frames=chunk_frames,
-        layout=layout,  # type: ignore[arg-type]
-        min_pixels=1,
-        memory_bytes=num_tokens * model.kv_shape.bytes_per_token,
-        retention=retention,  # type: ignore[arg-type]
-    )
-    return StreamMemory(model, options)
+    return any_memory(model, num_tokens, layout, chunk_frames, retention=retention)
 
 
 def numbers(stream: StreamMemory) -> list[int]:

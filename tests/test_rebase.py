@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import FAMILIES, FRAME_NS, Checkpoints, DirectedModel, are_equal, chunk, rows
+from checkpoints import memory as any_memory
 from torch import Tensor
 
 from onlooker.node.adapter import UnsupportedModelError, family_of
@@ -18,7 +19,6 @@ from onlooker.node.language import AttentionWeights, before_attention
 from onlooker.node.layout import LAYOUTS, Span
 from onlooker.node.memory import StreamMemory
 from onlooker.node.model import VisionLanguageModel
-from onlooker.node.options import StreamOptions
 from onlooker.node.passes import Prefill
 from onlooker.node.vision import Vision
 
@@ -59,15 +59,7 @@ class ShortSighted(DirectedModel):
 
 
 def memory(model: VisionLanguageModel, retention: str = "window", layout: str = "native", num_tokens: int = 120):
-    options = StreamOptions(
-        "front",
-        chunk_frames=2,
-        layout=layout,  # type: ignore[arg-type]
-        min_pixels=1,
-        memory_bytes=num_tokens * model.kv_shape.bytes_per_token,
-        retention=retention,  # type: ignore[arg-type]
-    )
-    return StreamMemory(model, options)
+    return any_memory(model, num_tokens, layout, retention=retention)
 
 
 def short_sighted(checkpoints: Checkpoints, family: str, layout: str = "native") -> ShortSighted:

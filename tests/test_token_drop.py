@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import FAMILIES, FRAME_NS, Checkpoints, DirectedModel, are_equal, rows
+from checkpoints import memory as any_memory
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -16,7 +17,6 @@ from onlooker.node.chunk import Chunk, ChunkRefused, Picture
 from onlooker.node.layout import LAYOUTS, Span
 from onlooker.node.memory import StreamMemory
 from onlooker.node.model import VisionLanguageModel
-from onlooker.node.options import StreamOptions
 from onlooker.node.passes import Prefill
 from onlooker.node.retention import POLICIES
 from onlooker.node.token_drop import FORGOTTEN, TokenDrop
@@ -30,10 +30,8 @@ DROP = 0.9
 def memory(
     model: VisionLanguageModel, drop: float | None = DROP, num_tokens: int = 512, layout: str = "native", **options
 ) -> StreamMemory:
-    asked = {"chunk_frames": 4, "min_pixels": 1, "layout": layout, "drop": drop} | options
-    return StreamMemory(
-        model, StreamOptions("front", memory_bytes=num_tokens * model.kv_shape.bytes_per_token, **asked)
-    )
+    chunk_frames = options.pop("chunk_frames", 4)
+    return any_memory(model, num_tokens, layout, chunk_frames, drop=drop, **options)
 
 
 def still(first_seq: int, num: int = 4, *, moving: int = 0, factor: int = 28, grid: tuple[int, int] = GRID) -> Chunk:
