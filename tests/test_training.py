@@ -11,7 +11,8 @@ from onlooker.node.passes import Prefill
 from onlooker.node.preprocess import to_patches
 from onlooker.node.random_checkpoint import save_checkpoint
 from onlooker.tools.scene_questions import KINDS
-from onlooker.training.batches import IGNORE, Batch, Plan, make_batch
+from onlooker.tools.story import COLOURS, SHAPES, make_plain_story
+from onlooker.training.batches import IGNORE, PAST, Batch, Plan, Shape, make_batch, past_of
 from onlooker.training.network import Trainee, render, visibility
 from onlooker.training.train import CURRICULUM, MAX_PIXELS, MIN_PIXELS, build
 
@@ -55,7 +56,7 @@ def test_the_wide_forward_pass_gives_the_engines_hidden_states(trained, engine_m
 def hidden_states(trainee: Trainee, batch: Batch, pixels: torch.Tensor) -> torch.Tensor:
     size = batch.shape.grid[1] * trainee.geometry.factor, batch.shape.grid[0] * trainee.geometry.factor
     seen = trainee._see(to_patches(pixels, size, trainee.geometry), batch)
-    return trainee._read(seen, batch, CPU)
+    return trainee._read(seen, batch, CPU)[1]
 
 
 def engine_states(model: VisionLanguageModel, batch: Batch, pixels: torch.Tensor):
@@ -117,9 +118,35 @@ def test_the_curriculum_ends_with_every_kind_and_the_longest_streams():
 def test_losses_reach_every_weight_of_the_model(trained):
     trainee, _, form = trained
     losses = trainee(batches(form, 1)[0], CPU, torch.Generator().manual_seed(0))
-    (losses.answers + losses.sight.sum()).backward()
+    (losses.answers + losses.sight.sum() + losses.past.sum()).backward()
     unused = [name for name, p in trainee.model.named_parameters() if p.grad is None or not p.grad.any()]
     trainee.zero_grad()
     assert not unused
     right, kinds = losses.verdict.by_answer()
     assert len(right) == len(kinds) > 0
+
+
+def test_every_visual_token_is_to_know_what_came_before_its_thing_and_when_that_came():
+    shape = Shape("native", chunk_frames=2, num_chunks=9, grid=(4, 4))
+    story = make_plain_story(0, ("red circle", "blue square", "red circle"), show_s=6.0)
+    past = past_of(story, np.arange(18.0), shape)
+    nothing = len(SHAPES), len(COLOURS)
+    circle, square = (
+        (SHAPES.index(name.split()[1]), list(COLOURS).index(name.split()[0])) for name in ("red circle", "blue square")
+    )
+    for patches, said in (
+        (slice(0, 3), (*nothing, 0, 0, 0)),
+        (slice(3, 6), (*circle, 0, 6, 1)),
+        (slice(6, 9), (*square, 1, 2, 0)),
+    ):
+        for patch in past[patches]:
+            known = patch[patch[:, -1] != IGNORE]
+            assert 0 < len(known) < 16
+            assert known.tolist() == [list(said)] * len(known)
+
+
+def test_without_a_clock_no_token_is_to_know_a_second():
+    shape = Shape("turns", chunk_frames=2, num_chunks=3, grid=(4, 4))
+    past = past_of(make_plain_story(0, ("red circle",), show_s=6.0), np.arange(6.0), shape)
+    clock = [list(PAST).index(name) for name in ("tens", "ones")]
+    assert (past[..., clock] == IGNORE).all() and (past[..., -1] == 0).any()

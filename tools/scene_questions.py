@@ -90,7 +90,7 @@ def place_of(x: float, y: float) -> str | None:
     return "top" if down < 0 else "bottom"
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """One appearance as the frames shown have it: the indices of the first and the last frame with it."""
 
     thing: Thing
@@ -102,17 +102,17 @@ class _Run(NamedTuple):
         return self.thing.name
 
 
-class _Seen:
+class Seen:
     """What the frames shown of a story amount to."""
 
     def __init__(self, story: Story, times_s: npt.NDArray[np.float64]) -> None:
         self._story = story
         self.times_s = times_s
-        self.runs: list[_Run] = []  # by first frame, then in the story's order
+        self.runs: list[Run] = []  # by first frame, then in the story's order
         for thing in story.things:
             first, until = np.searchsorted(times_s, (thing.start_s, thing.end_s)).tolist()
             if first < until:
-                self.runs.append(_Run(thing, first, until - 1))
+                self.runs.append(Run(thing, first, until - 1))
         self.runs.sort(key=lambda run: run.first)
 
     @property
@@ -120,7 +120,7 @@ class _Seen:
         return float(self.times_s[-1])
 
     @property
-    def visible(self) -> list[_Run]:
+    def visible(self) -> list[Run]:
         return [run for run in self.runs if run.last == len(self.times_s) - 1]
 
     @property
@@ -133,6 +133,10 @@ class _Seen:
         """About how much of the story has something in view."""
         shown_s = sum(thing.end_s - thing.start_s for thing in self._story.things)
         return min(shown_s / self._story.duration_s, 1.0)
+
+    def second(self, run: Run) -> int:
+        """The whole seconds on the stream's clock when a run begins."""
+        return math.floor(float(self.times_s[run.first] - self.times_s[0]) + CLOCK_GRACE_S)
 
     def is_alone(self, index: int) -> bool:
         """Whether no other run begins in the same frame as this one."""
@@ -171,7 +175,7 @@ def ask_about(
     times_s = np.asarray(frame_times_s, np.float64)
     if len(times_s) == 0:
         raise ValueError("no frame was shown: there is no now to ask about")
-    seen = _Seen(story, times_s)
+    seen = Seen(story, times_s)
     for candidate in [kind] if kind else _kinds_in_turn(rng):
         if candidate == "when_x" and not clock:
             continue
@@ -191,7 +195,7 @@ def ask_back(
     story: Story, frame_times_s: npt.ArrayLike, rng: np.random.Generator, *, phrasings: Phrasing = "train"
 ) -> list[Recalled]:
     """Ask for the colour of every shape that the frames shown so far have in one colour only."""
-    seen = _Seen(story, np.asarray(frame_times_s, np.float64))
+    seen = Seen(story, np.asarray(frame_times_s, np.float64))
     newest = len(seen.times_s) - 1
     return [
         Recalled(newest - run.last, _worded("colour_of_shape", _colour_draft(seen, rng, run), rng, phrasings))
@@ -240,7 +244,7 @@ def _wrong_words(rng: np.random.Generator, seen: Iterable[str], known: Iterable[
     yield from _shuffled(rng, known)
 
 
-def _wrong_things(rng: np.random.Generator, right: str | None, seen: _Seen, nothing: str) -> Iterator[str]:
+def _wrong_things(rng: np.random.Generator, right: str | None, seen: Seen, nothing: str) -> Iterator[str]:
     """Things: some that were seen, half-right ones, any, and at times that there was none."""
     if right is not None and rng.random() < 0.4:
         yield nothing
@@ -265,19 +269,19 @@ def _other(rng: np.random.Generator, words: Sequence[str], word: str) -> str:
     return rest[rng.integers(len(rest))]
 
 
-def _colour_now(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+def _colour_now(seen: Seen, rng: np.random.Generator) -> _Draft | None:
     if len(seen.visible) != 1:
         return None
     return _Draft(seen.visible[0].thing.colour, _wrong_words(rng, (run.thing.colour for run in seen.runs), COLOURS))
 
 
-def _shape_now(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+def _shape_now(seen: Seen, rng: np.random.Generator) -> _Draft | None:
     if len(seen.visible) != 1:
         return None
     return _Draft(seen.visible[0].thing.shape, _wrong_words(rng, (run.thing.shape for run in seen.runs), SHAPES))
 
 
-def _what_now(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+def _what_now(seen: Seen, rng: np.random.Generator) -> _Draft | None:
     names = [run.name for run in _in_reading_order(seen)]
     if not names and rng.random() > EMPTY_VIEW_SHARE:
         return None
@@ -287,7 +291,7 @@ def _what_now(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
     return _Draft(_pair(names), _wrong_pairs(rng, names, seen))
 
 
-def _in_reading_order(seen: _Seen) -> list[_Run]:
+def _in_reading_order(seen: Seen) -> list[Run]:
     """What is in view: left before right where it stands side by side, else top before bottom."""
     runs = seen.visible
     if len(runs) < 2:
@@ -301,7 +305,7 @@ def _pair(names: Sequence[str]) -> str:
     return " and ".join(map(with_article, names))
 
 
-def _wrong_pairs(rng: np.random.Generator, names: list[str], seen: _Seen) -> Iterator[str]:
+def _wrong_pairs(rng: np.random.Generator, names: list[str], seen: Seen) -> Iterator[str]:
     """One of the two alone, or one of them beside another one."""
     yield with_article(names[rng.integers(2)])
     others = [name for name in seen.names if name not in names]
@@ -314,7 +318,7 @@ def _wrong_pairs(rng: np.random.Generator, names: list[str], seen: _Seen) -> Ite
             yield _pair([names[i], other] if i == 0 else [other, names[i]])
 
 
-def _where_now(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+def _where_now(seen: Seen, rng: np.random.Generator) -> _Draft | None:
     run = _any_visible(seen, rng)
     place = run and place_of(*run.thing.position_at(seen.now_s))
     if run is None or place is None:
@@ -322,7 +326,7 @@ def _where_now(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
     return _about_now(seen, rng, run, "where_now", place, _shuffled(rng, PLACES))
 
 
-def _motion_now(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+def _motion_now(seen: Seen, rng: np.random.Generator) -> _Draft | None:
     run = _any_visible(seen, rng)
     if run is None or run.first == run.last:
         return None
@@ -338,26 +342,24 @@ def _motion_now(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
     )
 
 
-def _any_visible(seen: _Seen, rng: np.random.Generator) -> _Run | None:
+def _any_visible(seen: Seen, rng: np.random.Generator) -> Run | None:
     return seen.visible[rng.integers(len(seen.visible))] if seen.visible else None
 
 
-def _about_now(
-    seen: _Seen, rng: np.random.Generator, run: _Run, kind: str, answer: str, wrong: Iterable[str]
-) -> _Draft:
+def _about_now(seen: Seen, rng: np.random.Generator, run: Run, kind: str, answer: str, wrong: Iterable[str]) -> _Draft:
     """A question about something in view, by name where there are two, and sometimes where there is one."""
     if len(seen.visible) > 1 or rng.random() < 0.4:
         return _Draft(answer, wrong, run.name, f"{kind} of x")
     return _Draft(answer, wrong)
 
 
-def _first(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+def _first(seen: Seen, rng: np.random.Generator) -> _Draft | None:
     if not seen.runs or not seen.is_alone(0):
         return None
     return _thing_draft(rng, seen, seen.runs[0].name)
 
 
-def _last(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+def _last(seen: Seen, rng: np.random.Generator) -> _Draft | None:
     """The one that came last must also be the one that is still in view, or was longest: else both are meant."""
     if not seen.runs or not seen.is_alone(len(seen.runs) - 1):
         return None
@@ -367,21 +369,21 @@ def _last(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
 
 
 def _thing_draft(
-    rng: np.random.Generator, seen: _Seen, name: str | None, x: str | None = None, nothing: str = NOTHING_YET
+    rng: np.random.Generator, seen: Seen, name: str | None, x: str | None = None, nothing: str = NOTHING_YET
 ) -> _Draft:
     answer = nothing if name is None else with_article(name)
     return _Draft(answer, _wrong_things(rng, name, seen, nothing), x)
 
 
-def _after_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+def _after_x(seen: Seen, rng: np.random.Generator) -> _Draft | None:
     return _beside_x(seen, rng, 1, NOTHING_YET)
 
 
-def _before_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+def _before_x(seen: Seen, rng: np.random.Generator) -> _Draft | None:
     return _beside_x(seen, rng, -1, NOTHING_NOW)
 
 
-def _beside_x(seen: _Seen, rng: np.random.Generator, step: int, nothing: str) -> _Draft | None:
+def _beside_x(seen: Seen, rng: np.random.Generator, step: int, nothing: str) -> _Draft | None:
     """What came one step after or before a thing that appeared once."""
     known = seen.once()
     if not known:
@@ -399,7 +401,7 @@ def _beside_x(seen: _Seen, rng: np.random.Generator, step: int, nothing: str) ->
     return _thing_draft(rng, seen, seen.runs[beside].name, seen.runs[index].name, nothing)
 
 
-def _all_in_order(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+def _all_in_order(seen: Seen, rng: np.random.Generator) -> _Draft | None:
     names = seen.names
     firsts = {name: next(run.first for run in seen.runs if run.name == name) for name in names}
     if not names or len(names) > MAX_LISTED or len(set(firsts.values())) < len(names):
@@ -433,7 +435,7 @@ def _wrong_lists(rng: np.random.Generator, names: list[str]) -> Iterator[str]:
             yield _listed(other)
 
 
-def _how_many(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+def _how_many(seen: Seen, rng: np.random.Generator) -> _Draft | None:
     num = len(seen.names)
     if num > MAX_COUNT:
         return None
@@ -442,7 +444,7 @@ def _how_many(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
     return _Draft(str(num), map(str, range(lowest, lowest + NUM_OPTIONS)))
 
 
-def _seen_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+def _seen_x(seen: Seen, rng: np.random.Generator) -> _Draft | None:
     if not seen.runs and rng.random() > EMPTY_SEEN_SHARE:
         return None
     if seen.runs and rng.random() < 0.5:
@@ -450,7 +452,7 @@ def _seen_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
     return _yes_or_no("no", _absent(rng, seen.names, seen.names))
 
 
-def _visible_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+def _visible_x(seen: Seen, rng: np.random.Generator) -> _Draft | None:
     names = [run.name for run in seen.visible]
     # With nothing in view only "no" is right: asked there less often where that is most of the time, and made up for
     # by as many more "yes" where something is in view, so that on the whole both are right equally often.
@@ -504,27 +506,22 @@ def _absent(rng: np.random.Generator, present: Sequence[str], likely: Sequence[s
     return with_article(name)
 
 
-def _when_x(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+def _when_x(seen: Seen, rng: np.random.Generator) -> _Draft | None:
     known = seen.once()
     if not known:
         return None
     run = seen.runs[known[rng.integers(len(known))]]
-    second = _second(seen, run)
-    others = [_second(seen, other) for other in seen.runs]
+    second = seen.second(run)
+    others = [seen.second(other) for other in seen.runs]
     wrong = (_at_second(other) for other in _wrong_seconds(rng, second, others, seen))
     return _Draft(_at_second(second), wrong, run.name)
-
-
-def _second(seen: _Seen, run: _Run) -> int:
-    """The whole seconds on the stream's clock when a run begins."""
-    return math.floor(float(seen.times_s[run.first] - seen.times_s[0]) + CLOCK_GRACE_S)
 
 
 def _at_second(second: int) -> str:
     return f"at {second} second{'' if second == 1 else 's'}"
 
 
-def _wrong_seconds(rng: np.random.Generator, right: int, others: list[int], seen: _Seen) -> Iterator[int]:
+def _wrong_seconds(rng: np.random.Generator, right: int, others: list[int], seen: Seen) -> Iterator[int]:
     yield from [others[i] for i in rng.permutation(len(others))][:2]
     # Every option rules out those that are right beside it: however the others lie, one must be left.
     end = max(math.ceil(seen.now_s - float(seen.times_s[0])), right, (NUM_OPTIONS - 1) * (2 * MAX_SECONDS_OFF + 1))
@@ -534,12 +531,12 @@ def _wrong_seconds(rng: np.random.Generator, right: int, others: list[int], seen
             yield second
 
 
-def _colour_of_shape(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+def _colour_of_shape(seen: Seen, rng: np.random.Generator) -> _Draft | None:
     known = _of_one_colour(seen)
     return _colour_draft(seen, rng, known[rng.integers(len(known))]) if known else None
 
 
-def _of_one_colour(seen: _Seen) -> list[_Run]:
+def _of_one_colour(seen: Seen) -> list[Run]:
     """The last run of every shape that came in one colour only."""
     lasts = {run.thing.shape: run for run in sorted(seen.runs, key=lambda run: run.last)}
     return [
@@ -549,20 +546,20 @@ def _of_one_colour(seen: _Seen) -> list[_Run]:
     ]
 
 
-def _colour_draft(seen: _Seen, rng: np.random.Generator, run: _Run) -> _Draft:
+def _colour_draft(seen: Seen, rng: np.random.Generator, run: Run) -> _Draft:
     return _Draft(
         run.thing.colour, _wrong_words(rng, (other.thing.colour for other in seen.runs), COLOURS), run.thing.shape
     )
 
 
-def _nothing(seen: _Seen, rng: np.random.Generator) -> _Draft | None:
+def _nothing(seen: Seen, rng: np.random.Generator) -> _Draft | None:
     if seen.runs:
         return None
     form = ("all_in_order", "first", "last")[int(rng.integers(3))]
     return _Draft(NOTHING_YET, _wrong_things(rng, None, seen, NOTHING_YET), form=form)
 
 
-_DRAFTS: dict[str, Callable[[_Seen, np.random.Generator], _Draft | None]] = {
+_DRAFTS: dict[str, Callable[[Seen, np.random.Generator], _Draft | None]] = {
     "colour_now": _colour_now,
     "shape_now": _shape_now,
     "what_now": _what_now,
@@ -626,6 +623,6 @@ def three_rounds(seed: int, *, split: Split = "test") -> Iterator[Round]:
     )
     rng = np.random.default_rng([3, seed])
     for i, (kind, question) in enumerate(questions):
-        draft = _DRAFTS[kind](_Seen(story, np.arange(2 * i + 2) / 2), rng)
+        draft = _DRAFTS[kind](Seen(story, np.arange(2 * i + 2) / 2), rng)
         assert draft is not None, f"{kind} has no answer in round {i + 1}"
         yield Round(story, (i, i + 0.5), Quiz(kind, question, draft.answer, _options(kind, draft, rng)))

@@ -14,9 +14,9 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..node.layout import LAYOUTS, Format, LayoutState, Patches, Span
-from ..tools.scene_questions import KINDS, Quiz, ask_about
+from ..tools.scene_questions import KINDS, Quiz, Seen, ask_about
 from ..tools.scenes import pack
-from ..tools.story import COLOURS, SHAPES, Split, Story, make_camera_story
+from ..tools.story import COLOURS, SHAPES, Split, Story, Thing, make_camera_story
 
 # Merged tokens (rows, columns) of the encode sizes that a camera of usual shape gets; see the processor config.
 GRIDS = ((4, 4), (3, 5), (3, 4), (5, 3), (4, 3))
@@ -24,6 +24,15 @@ CHUNK_FRAMES = np.array([1, 2, 4, 6, 8])
 CHUNK_ODDS = np.array([0.15, 0.2, 0.35, 0.1, 0.2])
 NATIVE_ODDS = 0.6
 IGNORE = -100
+# What visual tokens are to know of the past, and with how many classes: see `past_of`.
+MAX_SECONDS, MAX_THINGS = 200, 9
+PAST = {
+    "shape before": len(SHAPES) + 1,
+    "colour before": len(COLOURS) + 1,
+    "tens": MAX_SECONDS // 10,
+    "ones": 10,
+    "number": MAX_THINGS,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +59,19 @@ class Shape(NamedTuple):
     def num_frames(self) -> int:
         return self.chunk_frames * self.num_chunks
 
+    @property
+    def num_patches(self) -> int:
+        return self.num_frames // self.frames_per_patch
+
+    @property
+    def frames_per_patch(self) -> int:
+        return 1 if self.chunk_frames == 1 else 2
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether positions tell the time."""
+        return self.layout == "native" and self.chunk_frames > 1
+
 
 class Batch(NamedTuple):
     """One batch as arrays; b rows of s tokens, of which the first `num_stream` are the stream."""
@@ -64,6 +86,7 @@ class Batch(NamedTuple):
     labels: np.ndarray  # (b, s) int64: the next token where an answer is to be learned, else IGNORE
     kinds: np.ndarray  # (b, s) int16: index into KINDS where there is a label, else -1
     truth: np.ndarray  # (b, num_patches, rows * columns, 7) what covers each visual token; see `_truth`
+    past: np.ndarray  # (b, num_patches, rows * columns, len(PAST)) int64: what was before it; see `past_of`
 
 
 class Streams(IterableDataset):
@@ -107,6 +130,7 @@ def make_batch(
         _padded([row.labels for row in rows], longest, IGNORE),
         _padded([row.kinds for row in rows], longest, -1).astype(np.int16),
         np.stack([_truth(row.story, row.times_s, shape) for row in rows]),
+        np.stack([past_of(row.story, row.times_s, shape) for row in rows]),
     )
 
 
@@ -134,9 +158,8 @@ def _shape(rng: np.random.Generator, plan: Plan) -> Shape:
 
 
 def _stream_tokens(form: Format, shape: Shape) -> int:
-    patches = max(1, shape.num_frames // (1 if shape.chunk_frames == 1 else 2))
-    overhead = 20 + (0 if shape.layout == "native" and shape.chunk_frames > 1 else 9 * shape.num_chunks)
-    return patches * shape.grid[0] * shape.grid[1] + overhead
+    overhead = 20 + (0 if shape.has_clock else 9 * shape.num_chunks)
+    return shape.num_patches * shape.grid[0] * shape.grid[1] + overhead
 
 
 def _row(
@@ -150,10 +173,9 @@ def _row(
     spans, states = lay_out(form, shape, times_s)
     stream = _joined(spans)
     ends = np.cumsum([len(span) for span in spans])
-    has_clock = shape.layout == "native" and shape.chunk_frames > 1
     branches = []
     for number in range(1, plan.num_questions + 1):
-        quiz, chunk = _quiz(rng, chances, shape, story, times_s, has_clock=has_clock, split=split)
+        quiz, chunk = _quiz(rng, chances, shape, story, times_s, split)
         if quiz is not None:
             branches.append(_branch(form, shape, states[chunk], quiz, number, int(ends[chunk])))
     num = len(stream)
@@ -192,8 +214,6 @@ def _quiz(
     shape: Shape,
     story: Story,
     times_s: np.ndarray,
-    *,
-    has_clock: bool,
     split: Split,
 ) -> tuple[Quiz | None, int]:
     """A question of some kind, asked after a chunk where it makes sense; later chunks more often."""
@@ -202,7 +222,7 @@ def _quiz(
         for _ in range(4):
             chunk = int(shape.num_chunks * np.sqrt(rng.random()))
             seen = times_s[: (chunk + 1) * shape.chunk_frames]
-            quiz = ask_about(story, seen, rng, kind=str(kind), clock=has_clock, phrasings=split)
+            quiz = ask_about(story, seen, rng, kind=str(kind), clock=shape.has_clock, phrasings=split)
             if quiz is not None:
                 return quiz, chunk
     return None, 0
@@ -241,20 +261,57 @@ def _truth(story: Story, times_s: np.ndarray, shape: Shape) -> np.ndarray:
 
     Where two things meet it is the one drawn on top; its centre and its path are fractions of the frame's sides.
     """
-    cells, (rows, columns) = cell_centres(shape.grid), shape.grid
-    half = np.array([0.5 / columns, 0.5 / rows])
-    short = np.array([min(rows, columns) / columns, min(rows, columns) / rows])  # the shorter side in each side
-    step = 1 if shape.chunk_frames == 1 else 2
-    truth = np.zeros((len(times_s) // step, rows * columns, 7), np.float32)
-    for patch, last in enumerate(times_s[step - 1 :: step]):
+    truth = np.zeros((shape.num_patches, shape.grid[0] * shape.grid[1], 7), np.float32)
+    for patch, time_s in enumerate(times_s[shape.frames_per_patch - 1 :: shape.frames_per_patch]):
         for thing in story.things:
-            if thing.is_visible(last):
-                place = thing.position_at(last)
-                beyond = (np.abs(cells - place) - half).clip(min=0) / short
+            if thing.is_visible(time_s):
                 what = SHAPES.index(thing.shape), list(COLOURS).index(thing.colour)
                 path = thing.x1 - thing.x0, thing.y1 - thing.y0
-                truth[patch, np.hypot(*beyond.T) < 0.7 * thing.radius] = 1, *what, *place, *path
+                truth[patch, _covered(thing, time_s, shape.grid)] = 1, *what, *thing.position_at(time_s), *path
     return truth
+
+
+def past_of(story: Story, times_s: np.ndarray, shape: Shape) -> np.ndarray:
+    """What the memory has to say of whatever covers each visual token; IGNORE where nothing does, or two answers fit.
+
+    In the order of PAST: shape and colour of the thing that appeared before it (the class after the last: none did),
+    the tens and the ones of the second at which it appeared, how many different things had appeared by then.
+    """
+    past = np.full((shape.num_patches, shape.grid[0] * shape.grid[1], len(PAST)), IGNORE)
+    seen = Seen(story, times_s)
+    for index, run in enumerate(seen.runs):
+        said = _said_of(seen, index, shape)
+        for patch in range(run.first // shape.frames_per_patch, run.last // shape.frames_per_patch + 1):
+            time_s = times_s[(patch + 1) * shape.frames_per_patch - 1]
+            if run.thing.is_visible(time_s):
+                past[patch, _covered(run.thing, time_s, shape.grid)] = said
+    return past
+
+
+def _said_of(seen: Seen, index: int, shape: Shape) -> np.ndarray:
+    """Of one run, by the order of PAST."""
+    said = np.full(len(PAST), IGNORE)
+    if not seen.is_alone(index):
+        return said
+    if index == 0:
+        said[:2] = len(SHAPES), len(COLOURS)
+    elif seen.is_alone(index - 1):
+        before = seen.runs[index - 1].thing
+        said[:2] = SHAPES.index(before.shape), list(COLOURS).index(before.colour)
+    run = seen.runs[index]
+    if shape.has_clock and (second := seen.second(run)) < MAX_SECONDS:
+        said[2:4] = divmod(second, 10)
+    said[4] = min(seen.names.index(run.name), MAX_THINGS - 1)
+    return said
+
+
+def _covered(thing: Thing, time_s: float, grid: tuple[int, int]) -> np.ndarray:
+    """Which visual tokens a thing covers a good part of; (rows * columns,) bool."""
+    rows, columns = grid
+    half = np.array([0.5 / columns, 0.5 / rows])
+    short = np.array([min(grid) / columns, min(grid) / rows])  # the shorter side in each side
+    beyond = (np.abs(cell_centres(grid) - thing.position_at(time_s)) - half).clip(min=0) / short
+    return np.hypot(*beyond.T) < 0.7 * thing.radius
 
 
 def cell_centres(grid: tuple[int, int]) -> np.ndarray:

@@ -14,7 +14,7 @@ from ..node.preprocess import PatchGeometry, to_patches
 from ..node.random_checkpoint import SPECIAL_TOKENS
 from ..tools.scenes import draw, pixel_grid
 from ..tools.story import COLOURS, SHAPES
-from .batches import IGNORE, Batch, cell_centres
+from .batches import IGNORE, PAST, Batch, cell_centres
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,9 @@ def build_config(tokenizer: Any, size: Size) -> Any:
 SIGHTS = ("there", "shape", "colour", "place", "motion")  # what the auxiliary heads read, each with a loss
 
 
+NUM_READING = 2  # last layers in which a question can read what the head of the past taught the visual tokens
+
+
 class Verdict(NamedTuple):
     """Which answer tokens were the likeliest; counted later, so that the GPU is not waited for."""
 
@@ -103,6 +106,7 @@ class Losses(NamedTuple):
 
     answers: Tensor  # cross entropy per answer token
     sight: Tensor  # (2, len(SIGHTS)) of the auxiliary heads
+    past: Tensor  # (len(PAST),) of the one that reads what was before
     verdict: Verdict | None  # None where nothing was asked
 
 
@@ -121,6 +125,7 @@ class Trainee(nn.Module):
         hidden = model.config.text_config.hidden_size
         # The tower's tokens know where in the frame they are only through the positions of the language model.
         self.heads = nn.ModuleList([_SightHead(hidden, knows_place=False), _SightHead(hidden, knows_place=True)])
+        self.past = _PastHead(hidden)
 
     def compile(self) -> None:
         """Have both kinds of layers compiled, once for all lengths: eagerly they are bound by memory."""
@@ -132,17 +137,19 @@ class Trainee(nn.Module):
         truth = torch.from_numpy(batch.truth).to(device)
         seen = self._see(self._patches(batch, device, noise), batch).unflatten(0, truth.shape[:3])
         sight = self.heads[0](seen, truth, batch.shape.grid)
-        return Losses(sight.new_zeros(()), torch.stack([sight, 0 * sight]), None)
+        return Losses(sight.new_zeros(()), torch.stack([sight, 0 * sight]), sight.new_zeros(len(PAST)), None)
 
     def forward(self, batch: Batch, device: torch.device, noise: torch.Generator) -> Losses:
         truth = torch.from_numpy(batch.truth).to(device)
         seen = self._see(self._patches(batch, device, noise), batch)
-        hidden = self._read(seen, batch, device)
-        remembered = hidden[:, torch.from_numpy(np.flatnonzero(batch.visual)).to(device)].unflatten(1, truth.shape[1:3])
+        halfway, hidden = self._read(seen, batch, device)
+        visual = torch.from_numpy(np.flatnonzero(batch.visual)).to(device)
+        remembered = hidden[:, visual].unflatten(1, truth.shape[1:3])
         grid = batch.shape.grid
         sight = [self.heads[0](seen.unflatten(0, truth.shape[:3]), truth, grid), self.heads[1](remembered, truth, grid)]
+        past = self.past(halfway[:, visual].unflatten(1, truth.shape[1:3]), torch.from_numpy(batch.past).to(device))
         loss, verdict = self._answers(hidden, batch, device)
-        return Losses(loss, torch.stack(sight), verdict)
+        return Losses(loss, torch.stack(sight), past, verdict)
 
     def _patches(self, batch: Batch, device: torch.device, noise: torch.Generator) -> Tensor:
         return to_patches(render(batch, device, noise), _size(batch, self.geometry), self.geometry)
@@ -157,8 +164,8 @@ class Trainee(nn.Module):
             x = self._vision_layer(block, x, rotary)
         return visual.merger(x.flatten(0, 1))
 
-    def _read(self, seen: Tensor, batch: Batch, device: torch.device) -> Tensor:
-        """The language model over all rows; returns (b, s, hidden)."""
+    def _read(self, seen: Tensor, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The language model over all rows: (b, s, hidden) NUM_READING layers before the end, and at the end."""
         ids = torch.from_numpy(batch.ids).to(device)
         embeds = self.core.get_input_embeddings()(ids)
         visual = torch.from_numpy(np.flatnonzero(batch.visual)).to(device)
@@ -170,9 +177,12 @@ class Trainee(nn.Module):
         positions = torch.from_numpy(batch.positions).to(device)
         language = self.core.language_model
         x, cos_sin = embeds, language.rotary_emb(embeds, positions)
-        for layer in language.layers:
+        for layer in language.layers[:-NUM_READING]:
             x = self._text_layer(layer, x, mask, cos_sin)
-        return language.norm(x)
+        halfway = x
+        for layer in language.layers[-NUM_READING:]:
+            x = self._text_layer(layer, x, mask, cos_sin)
+        return halfway, language.norm(x)
 
     def _answers(self, hidden: Tensor, batch: Batch, device: torch.device) -> tuple[Tensor, Verdict]:
         where = np.flatnonzero(batch.labels != IGNORE)
@@ -212,9 +222,33 @@ class _SightHead(nn.Module):
                 over_covered(_cross_entropy(shape, true_shape)),
                 over_covered(_cross_entropy(colour, true_colour)),
                 4 * over_covered(F.smooth_l1_loss(place, true_place, beta=0.1, reduction="none").mean(-1)),
-                over_covered(F.smooth_l1_loss(motion, true_motion, beta=0.1, reduction="none").mean(-1)),
+                4 * over_covered(F.smooth_l1_loss(motion, true_motion, beta=0.1, reduction="none").mean(-1)),
             ]
         )
+
+
+class _PastHead(nn.Module):
+    """Reads from every visual token what the memory knows of the thing there: what came before it, and when it came.
+
+    Without it, questions about the past are learned many times more slowly: an answer is one example, and every
+    token of a stream is another.
+    """
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden)
+        self.out = nn.Linear(hidden, sum(PAST.values()))
+
+    def forward(self, tokens: Tensor, past: Tensor) -> Tensor:
+        """Its losses, one for each of PAST; tokens (..., hidden), past (..., len(PAST)) classes or IGNORE."""
+        logits = self.out(self.norm(tokens)).float().split(list(PAST.values()), -1)
+        return torch.stack([_over_known(*pair) for pair in zip(logits, past.unbind(-1), strict=True)])
+
+
+def _over_known(logits: Tensor, classes: Tensor) -> Tensor:
+    """Mean over all that is not IGNORE, 0 where nothing is left."""
+    total = F.cross_entropy(logits.flatten(0, -2), classes.flatten(), ignore_index=IGNORE, reduction="sum")
+    return total / (classes != IGNORE).sum().clamp(min=1)
 
 
 def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:

@@ -63,10 +63,11 @@ CURRICULUM = (
     Stage(0.08, 8, num_questions=0),
     Stage(0.13, 4, kinds=EASY),
     Stage(0.38, 16),
-    Stage(0.65, 48),
-    Stage(1.0, 96),
+    Stage(0.65, 48, num_questions=24),
+    Stage(1.0, 96, num_questions=24),
 )
-NUM_FIRST = 2  # stages that a trained model need not go through again
+PAST_WEIGHT = 0.1
+NUM_FIRST = 3  # stages that a trained model need not go through again
 
 
 def build(seed: int, size: str = "medium", start: Path | None = None) -> tuple[Trainee, Any, Format]:
@@ -195,7 +196,7 @@ def train(args: argparse.Namespace) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             losses = trainee.look(batch, device, noise) if stage.only_looks else trainee(batch, device, noise)
         sight_weight = 0.5 * max(0.1, 1 - progress / 0.6)
-        (losses.answers + sight_weight * losses.sight.sum()).backward()
+        (losses.answers + sight_weight * losses.sight.sum() + PAST_WEIGHT * losses.past.sum()).backward()
         torch.nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -233,7 +234,7 @@ class Tally:
 
     def clear(self) -> None:
         self.waited_s = 0.0
-        self._losses: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._losses: list[Losses] = []
         self._verdicts: list[Verdict] = []
 
     def waiting(self, batches: Iterator[tuple[Stage, Batch]]) -> Iterator[tuple[Stage, Batch]]:
@@ -247,15 +248,20 @@ class Tally:
             yield batch
 
     def add(self, losses: Losses) -> None:
-        self._losses.append((losses.answers.detach(), losses.sight.detach()))
+        self._losses.append(Losses(losses.answers.detach(), losses.sight.detach(), losses.past.detach(), None))
         if losses.verdict is not None:
             self._verdicts.append(losses.verdict)
 
     def losses(self) -> dict[str, Any]:
-        """Their means; `sight` holds those of the two auxiliary heads, in the order of SIGHTS."""
-        answers = torch.stack([answers for answers, _ in self._losses]).mean().item()
-        sight = torch.stack([sight for _, sight in self._losses]).mean(0).tolist()
-        return {"answers": round(answers, 4), "sight": [[round(loss, 3) for loss in head] for head in sight]}
+        """Their means; `sight` and `past` hold those of the auxiliary heads, in the order of SIGHTS and PAST."""
+        answers = torch.stack([losses.answers for losses in self._losses]).mean().item()
+        sight = torch.stack([losses.sight for losses in self._losses]).mean(0).tolist()
+        past = torch.stack([losses.past for losses in self._losses]).mean(0).tolist()
+        return {
+            "answers": round(answers, 4),
+            "sight": [[round(loss, 3) for loss in head] for head in sight],
+            "past": [round(loss, 3) for loss in past],
+        }
 
     def odds(self) -> list[float]:
         """How often to ask each kind from now on: the more often it is answered wrongly."""
