@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,10 +45,12 @@ from .compilation import Compilation, CompileSetting, should_compile
 from .engine_protocol import ModelInfo, Relieve
 from .fairness import FairShare, Side
 from .forecast import forecast, within_room
+from .layout import Patches
 from .ledger import Snapshot
-from .memory import StreamMemory
+from .memory import Addition, StreamMemory, append_together
 from .model import VisionLanguageModel, load_model
 from .options import StreamOptions
+from .pieces import MAX_TOKENS
 from .steps import QUESTION_SIZES, sizes_up_to
 from .upload import Upload, Uploader
 from .vram import VramMeter
@@ -67,6 +69,7 @@ _WARM_UP_TEXT = "What? " * QUESTION_SIZES[-1]  # at least a token a word
 # Of the largest logit: how far apart two orders of summation may come out in some layers.
 _MAX_STEP_GAP = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 MAX_MARKS = 256
+_MAX_TOGETHER = 4  # streams; more of them make their chunks wait for longer than they gain
 _STOPPED = "the engine has stopped"
 
 
@@ -92,6 +95,15 @@ class _Command(NamedTuple):
 
     run: Callable[[], None]
     is_verb: bool = True  # not for the middle of a chunk: it may change what the chunk follows
+
+
+class _Due(NamedTuple):
+    """A stream's chunk that is to be encoded now."""
+
+    stream: str
+    chunk: Chunk
+    upload: Upload | None
+    future: Future[Encoded]
 
 
 @dataclass(slots=True)
@@ -125,10 +137,16 @@ class Engine:
         max_concurrent_questions: int = 8,
         max_waiting_questions: int = 32,
         scratch_tokens: int = 2048,
+        max_together: int | None = None,
     ) -> None:
-        """Reserve the scratch; the thread starts with `start`."""
+        """Reserve the scratch; the thread starts with `start`.
+
+        Of at most `max_together` streams small chunks are encoded at once; None: of some where the weights are read
+        for longer than a chunk is computed.
+        """
         self._model = model
         self._max_waiting = max_waiting_questions
+        self._max_together = max_together
         self._scratch = Scratch(model.kv_shape, max_concurrent_questions, scratch_tokens)
         self._meter = VramMeter(model.device)
         self._memories: dict[str, StreamMemory] = {}
@@ -396,16 +414,16 @@ class Engine:
         self._book(side)
         return True
 
-    def _between(self, stream: str) -> float:
-        """Between two layers of a chunk of a stream: take the turns that are the answers'; returns their seconds.
+    def _between(self, streams: Sequence[str]) -> float:
+        """Between two layers of chunks of some streams: take the turns that are the answers'; returns their seconds.
 
         No row below the memory's length moves meanwhile, and the chunk's own count only when all layers have them.
         """
         if self._is_closing.is_set():
             return 0.0
         self._progress = time.monotonic()
-        if self._memories[stream].now.num_frames == 0:
-            self._pinned.add(stream)  # what is asked about it can be answered after the chunk
+        # What is asked about what has seen nothing can be answered after the chunk.
+        self._pinned.update(stream for stream in streams if self._memories[stream].now.num_frames == 0)
         self._take_in(in_chunk=True)
         self._drop_ended()
         self._look_ahead()
@@ -572,12 +590,56 @@ class Engine:
             # The answers that run are done soon, and none begins before the chunk is encoded.
             self._pinned.add(stream)
             return
+        due = [self._due(name) for name in (stream, *self._companions(stream))]
+        running = [each for each in due if each.future.set_running_or_notify_cancel()]
+        if len(running) < 2 or not self._encode_together(running):
+            for each in running:
+                self._encode(*each)
+        self._pinned.difference_update(each.stream for each in due)
+
+    def _due(self, stream: str) -> "_Due":
+        """Take a stream's next chunk; the stream goes to the end of the line."""
         chunk, future = self._chunks[stream].popleft()
-        self._chunks[stream] = self._chunks.pop(stream)  # to the end of the line
-        upload = self._uploaded(chunk)
-        if future.set_running_or_notify_cancel():
-            self._encode(stream, chunk, upload, future)
-        self._pinned.discard(stream)
+        self._chunks[stream] = self._chunks.pop(stream)
+        return _Due(stream, chunk, self._uploaded(chunk), future)
+
+    def _companions(self, stream: str) -> list[str]:
+        """Further streams whose next chunks are encoded with that of this one: of few sizes, each is a graph."""
+        most = self._max_together
+        if most is None:
+            most = _MAX_TOGETHER if self._model.pieces is not None else 1
+        grid = self._grid_of(stream) if most > 1 else None
+        if grid is None:
+            return []
+        others = [name for name in self._chunks if name != stream and self._goes_with(name, grid)]
+        num = min(most, 1 + len(others), max(1, MAX_TOKENS // grid.num_tokens))
+        return others[: (1 << num.bit_length() - 1) - 1]  # 1, 2, 4 chunks in all
+
+    def _goes_with(self, stream: str, grid: Patches) -> bool:
+        """Whether the next chunk of a stream can be encoded now, with one of this grid."""
+        if not self._chunks[stream] or self._waits(stream):
+            return False
+        its = self._grid_of(stream)
+        if its is None or (its.height, its.width, its.num_tokens) != (grid.height, grid.width, grid.num_tokens):
+            return False
+        return not self._memories[stream].must_wait(self._chunks[stream][0][0])
+
+    def _grid_of(self, stream: str) -> Patches | None:
+        return self._memories[stream].grid_of(self._chunks[stream][0][0])
+
+    def _encode_together(self, due: "Sequence[_Due]") -> bool:
+        """Encode chunks of several streams at once; False if that fails, for any of them."""
+        self._look_ahead()
+        additions = [Addition(self._memories[each.stream], each.chunk, each.upload) for each in due]
+        try:
+            encoded = append_together(additions, partial(self._between, [each.stream for each in due]))
+        except Exception:
+            logger.info("chunks of %d streams are encoded one by one", len(due), exc_info=True)
+            return False
+        for each, outcome in zip(due, encoded, strict=True):
+            self._note(each.stream)
+            each.future.set_result(outcome)
+        return True
 
     def _encode(self, stream: str, chunk: Chunk, upload: Upload | None, future: Future[Encoded]) -> None:
         outcome: Encoded | ChunkRefused
@@ -598,7 +660,7 @@ class Engine:
     def _append(self, stream: str, chunk: Chunk, upload: Upload | None) -> Encoded:
         """Encode a chunk; one that the device has no memory for is tried once more if its stream can do with less."""
         self._look_ahead()
-        memory, between = self._memories[stream], partial(self._between, stream)
+        memory, between = self._memories[stream], partial(self._between, (stream,))
         try:
             return memory.append(chunk, upload, between)
         except ChunkRefused as error:

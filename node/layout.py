@@ -10,7 +10,7 @@ Qwen3-VL (arXiv 2511.21631) for timestamps as text.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -128,6 +128,18 @@ class Span:
         """The first tokens by themselves, at least one."""
         positions = self.positions[:, :num]
         return Span(self.ids[:num], positions, self.visual[:num], int(positions.max()) + 1)
+
+    @staticmethod
+    def joined(spans: "Sequence[Span]") -> "Span":
+        """Spans one after the other, each with the positions that it has."""
+        if len(spans) == 1:
+            return spans[0]
+        return Span(
+            np.concatenate([span.ids for span in spans]),
+            np.concatenate([span.positions for span in spans], axis=1),
+            np.concatenate([span.visual for span in spans]),
+            spans[-1].next_position,
+        )
 
     def reach(self, num_anchor: int = 0) -> Reach:
         """Positions of the tokens after an anchor."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from .chunk import Chunk, ChunkRefused, Encoded
 from .forecast import footprint_of
 from .layout import LAYOUTS, LayoutState, Patches, Rebase, Span
 from .ledger import ChunkRecord, Ledger, Snapshot
-from .model import Between, VisionLanguageModel
+from .model import Between, Encoding, Part, VisionLanguageModel
 from .options import StreamOptions
 from .passes import Prefill
 from .preprocess import encode_size
@@ -65,7 +66,7 @@ class StreamMemory:
         self._footprint: Footprint | None = None  # of chunks of the present size
         self._footprint_size: tuple[int, int] | None = None
         self._num_forgotten_frames = 0  # not told yet with a chunk
-        self._model = model
+        self.model = model
         self._arena = _reserve(model, capacity)
         self._readings: list[Reading] = []
         self._max_tokens = self._retention.max_tokens(capacity)
@@ -121,11 +122,23 @@ class StreamMemory:
         `upload` has its pictures, if they are on their way to the device. `between` is called between two layers;
         what is forgotten is forgotten by then, and nothing of the chunk counts yet.
         """
-        model = self._model
+        return append_together([Addition(self, chunk, upload)], between)[0]
+
+    def grid_of(self, chunk: Chunk) -> Patches | None:
+        """The temporal patches that `append` makes of a chunk; None if it will refuse it, or must be alone for it."""
+        try:
+            patches = _patches(chunk, self.model.geometry.grid(self._encode_size(chunk)))
+            self._plan(patches, chunk.num_frames)
+        except ChunkRefused:
+            return None
+        return None if self.options.last_frames else patches
+
+    def place(self, chunk: Chunk, upload: Upload | None, between: Between | None) -> "_Placed":
+        """Make room for a chunk, and say what is to be encoded of it; see `append`."""
         size = self._encode_size(chunk)
         if self.options.last_frames and size != self._footprint_size:
             self._check_last_frames(size)
-        patches = _patches(chunk, model.geometry.grid(size))
+        patches = _patches(chunk, self.model.geometry.grid(size))
         span, layout, must_forget = self._plan(patches, chunk.num_frames)
         again_ms = 0.0
         if must_forget:
@@ -134,28 +147,28 @@ class StreamMemory:
         now, drop = self.now, self._drop
         assert now.num_tokens + len(span) <= self._top, "rows would be written that somebody reads"
         grid = (patches.height, patches.width)
-        sift = None if drop is None else partial(drop.sift, grid=grid, number=now.num_seen)
-        try:
-            times, vision = model.encode(
-                [picture.pixels for picture in chunk.pictures] if upload is None else upload.pixels(),
-                size,
-                span,
-                Prefill([self._arena.extent(0, now.num_tokens)], (self._arena, now.num_tokens)),
-                between,
-                sift,
-            )
-        except torch.OutOfMemoryError as error:
-            raise self._out_of_memory(error, f"{len(span)} tokens") from error
-        num_anchor = self.layout.num_anchor(patches) if now.layout.is_empty else 0
-        num_dropped = 0 if drop is None else drop.commit()
+        part = Part(
+            [picture.pixels for picture in chunk.pictures] if upload is None else upload.pixels(),
+            span,
+            Prefill([self._arena.extent(0, now.num_tokens)], (self._arena, now.num_tokens)),
+            None if drop is None else partial(drop.sift, grid=grid, number=now.num_seen),
+        )
+        return _Placed(chunk, size, patches, layout, part, again_ms)
+
+    def count(self, placed: "_Placed", encoding: Encoding) -> Encoded:
+        """Note that all layers have a chunk that was placed."""
+        chunk, size, patches, layout, (_, span, *_), again_ms = placed
+        num_anchor = self.layout.num_anchor(patches) if self.now.layout.is_empty else 0
+        num_dropped = 0 if self._drop is None else self._drop.commit()
         num_tokens = len(span) - num_dropped
         self.ledger.append(chunk, num_tokens, layout, num_anchor, span.reach(num_anchor), num_dropped)
         if self.options.last_frames:
-            self._shown.append(Shown(patches, vision, chunk.num_frames))
+            self._shown.append(Shown(patches, encoding.vision, chunk.num_frames))
         self._is_full = False
         if size != self._footprint_size:
-            self._footprint, self._footprint_size = footprint_of(model, self.options, size), size
+            self._footprint, self._footprint_size = footprint_of(self.model, self.options, size), size
         num_forgotten, self._num_forgotten_frames = self._num_forgotten_frames, 0
+        times = encoding.times
         stages = (times.preprocess_ms, times.vision_ms, times.prefill_ms + again_ms)
         return Encoded(num_tokens, size, *stages, num_forgotten, num_dropped)
 
@@ -166,7 +179,7 @@ class StreamMemory:
         """
         now = self.now
         span, layout = self._span(patches, now)
-        must_forget = len(span) > self._room or span.next_position > self._model.max_positions
+        must_forget = len(span) > self._room or span.next_position > self.model.max_positions
         must_forget |= 0 < self.options.last_frames < now.num_frames + num_frames
         if must_forget and self._retention.starts_over:
             span, layout = self._span(patches, Snapshot())
@@ -189,7 +202,7 @@ class StreamMemory:
 
     def info(self) -> CacheInfo:
         """The memory in figures, measured on its tensors."""
-        now, model = self.now, self._model
+        now, model = self.now, self.model
         return CacheInfo(
             num_tokens=now.num_tokens,
             capacity_tokens=self._max_tokens,
@@ -237,7 +250,7 @@ class StreamMemory:
         if pace is None or footprint is None:
             return UNSET
         per_second = footprint.positions_per_second + footprint.positions_per_chunk * pace.num_chunks
-        num_positions = max(0, self._model.max_positions - position)
+        num_positions = max(0, self.model.max_positions - position)
         by_positions = num_positions / per_second if per_second else math.inf
         return min(num_tokens / pace.num_tokens, by_positions)
 
@@ -255,7 +268,7 @@ class StreamMemory:
             return False
         (span, _, must_forget), num_gone = plan, 0
         if must_forget:
-            if self._retention.starts_over or span.next_position > self._model.max_positions:
+            if self._retention.starts_over or span.next_position > self.model.max_positions:
                 return True
             records = self.ledger.records
             num_gone = self.now.num_tokens - self.now.num_anchor - sum(records[i].num_tokens for i in self._stay(span))
@@ -272,7 +285,7 @@ class StreamMemory:
     def _plan_of(self, chunk: Chunk) -> tuple[Span, LayoutState, bool] | None:
         """What `append` of a chunk will do; None if it will refuse it."""
         try:
-            return self._plan(_patches(chunk, self._model.geometry.grid(self._encode_size(chunk))), chunk.num_frames)
+            return self._plan(_patches(chunk, self.model.geometry.grid(self._encode_size(chunk))), chunk.num_frames)
         except ChunkRefused:
             return None
 
@@ -287,11 +300,11 @@ class StreamMemory:
                 return self._start_over(shown, between)
             if len(span) > self._room:
                 self._keep(self._stay(span))
-            if span.next_position > self._model.max_positions:
+            if span.next_position > self.model.max_positions:
                 self._rebase(span)
             return 0.0
         except torch.OutOfMemoryError as error:
-            raise self._out_of_memory(error, "what stays") from error
+            raise _out_of_memory(self.model, error, "what stays") from error
         finally:
             self._num_forgotten_frames += num_before - self.now.num_frames
 
@@ -310,7 +323,7 @@ class StreamMemory:
         for record, (patches, vision, _), (span, after) in zip(before[-len(shown) :], shown, steps, strict=True):
             first = after.num_tokens - len(span)
             places = Prefill([self._arena.extent(0, first)], (self._arena, first))
-            again_ms += self._model.encode_again(vision, span, places, between)
+            again_ms += self.model.encode_again(vision, span, places, between)
             num_anchor = 0 if again else self.layout.num_anchor(patches)
             num_tokens, reach = len(span) - num_anchor, span.reach(num_anchor)
             again.append(replace(record, first_token=first + num_anchor, num_tokens=num_tokens, reach=reach))
@@ -330,7 +343,7 @@ class StreamMemory:
     def _have_room(self, chunks: Sequence[Patches]) -> bool:
         """Whether a prompt of these chunks alone has the rows and the positions."""
         _, after = self._prompt(chunks)[-1]
-        return after.num_tokens <= self._max_tokens and after.layout.next_position <= self._model.max_positions
+        return after.num_tokens <= self._max_tokens and after.layout.next_position <= self.model.max_positions
 
     def _prompt(self, chunks: Sequence[Patches]) -> list[tuple[Span, Snapshot]]:
         """The tokens of each chunk in a prompt of these alone, and where it stands then."""
@@ -349,7 +362,7 @@ class StreamMemory:
     def _check_last_frames(self, size: tuple[int, int]) -> None:
         """Raise ChunkRefused if the last frames do not fit at this encode size."""
         options, num_chunks = self.options, self._num_last_chunks
-        footprint = footprint_of(self._model, options, size)
+        footprint = footprint_of(self.model, options, size)
         num_fitting, limit = fit(footprint, self._max_tokens, options.fps)
         if num_fitting >= num_chunks:
             return
@@ -392,7 +405,7 @@ class StreamMemory:
         Keys rotate once, by as much for all, and values stay. What lies so far back that too few positions would be
         free is forgotten: of a memory that reaches back to the beginning, the oldest part.
         """
-        floor, max_positions = self.now.num_anchor, self._model.max_positions
+        floor, max_positions = self.now.num_anchor, self.model.max_positions
         num_wanted = max(span.next_position - max_positions, max_positions // _FREED_POSITIONS_SHARE)
         shifts = [record.reach.max_shift(floor) for record in self.ledger.records]
         first = bisect_left(shifts, num_wanted)
@@ -408,12 +421,7 @@ class StreamMemory:
         rows = list(records)
         first, last = rows[0], rows[-1]
         time, height, width = shift
-        return self._model.turn(first.first_token, last.first_token + last.num_tokens, (-time, -height, -width))
-
-    def _out_of_memory(self, error: torch.OutOfMemoryError, what: str) -> ChunkRefused:
-        error.__traceback__ = None  # its frames hold the activations that must go
-        _release_cached(self._model.device)
-        return ChunkRefused("out_of_memory", f"no device memory for {what}: {error}")
+        return self.model.turn(first.first_token, last.first_token + last.num_tokens, (-time, -height, -width))
 
     # Marks
 
@@ -439,7 +447,7 @@ class StreamMemory:
 
     def _encode_size(self, chunk: Chunk) -> tuple[int, int]:
         options = self.options
-        geometry = self._model.geometry
+        geometry = self.model.geometry
         try:
             size = encode_size(
                 chunk.size,
@@ -471,7 +479,7 @@ class StreamMemory:
 
     def _check_positions(self, span: Span, state: LayoutState) -> None:
         """Raise ChunkRefused for tokens after a state that are past the model's positions, move what one may."""
-        retention, next_position, num = self._retention, span.next_position, self._model.max_positions
+        retention, next_position, num = self._retention, span.next_position, self.model.max_positions
         if retention.forgets and not state.is_empty:
             next_position -= next_position if retention.starts_over else span.reach().max_shift(self.now.num_anchor)
         if next_position <= num:
@@ -482,6 +490,42 @@ class StreamMemory:
                 logger.warning("stream %s: the %d positions of its model are used up, until a reset", name, num)
             self._is_full, self._limit = True, "positions"
         raise ChunkRefused("memory_full", f"position {next_position} is past {num}")
+
+
+class Addition(NamedTuple):
+    """A chunk, and the memory that it goes to."""
+
+    memory: StreamMemory
+    chunk: Chunk
+    upload: Upload | None = None
+
+
+class _Placed(NamedTuple):
+    """A chunk that has room, on its way through the model."""
+
+    chunk: Chunk
+    size: tuple[int, int]
+    patches: Patches
+    layout: LayoutState  # after it
+    part: Part
+    again_ms: float  # that making room took
+
+
+def append_together(additions: Sequence[Addition], between: Between | None = None) -> list[Encoded]:
+    """`StreamMemory.append` to different memories of one model at once, of chunks that are encoded at one size.
+
+    The weights are read once for all. Either all memories have their chunks then, or none has.
+    """
+    placed = [memory.place(chunk, upload, between) for memory, chunk, upload in additions]
+    first = additions[0].memory
+    assert len({each.size for each in placed}) == 1, "chunks of one size are encoded together"
+    try:
+        encodings = first.model.encode([each.part for each in placed], placed[0].size, between)
+    except torch.OutOfMemoryError as error:
+        num_tokens = sum(len(each.part.span) for each in placed)
+        raise _out_of_memory(first.model, error, f"{num_tokens} tokens") from error
+    steps = zip(additions, placed, encodings, strict=True)
+    return [addition.memory.count(each, encoding) for addition, each, encoding in steps]
 
 
 def _reserve(model: VisionLanguageModel, capacity: int) -> Arena:
@@ -498,9 +542,11 @@ def _token_drop(options: StreamOptions) -> TokenDrop | None:
     return None if options.drop is None or options.last_frames else TokenDrop(options.drop)
 
 
-def _release_cached(device: torch.device) -> None:
-    if device.type == "cuda":
+def _out_of_memory(model: VisionLanguageModel, error: torch.OutOfMemoryError, what: str) -> ChunkRefused:
+    error.__traceback__ = None  # its frames hold the activations that must go
+    if model.device.type == "cuda":
         torch.cuda.empty_cache()
+    return ChunkRefused("out_of_memory", f"no device memory for {what}: {error}")
 
 
 def _rows(records: list[ChunkRecord], num_anchor: int) -> np.ndarray:

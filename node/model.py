@@ -21,6 +21,7 @@ from .graphs import Recorded
 from .language import LanguageModel
 from .layout import Format, Span
 from .pace import Pace
+from .passes import Together
 from .pieces import MAX_TOKENS, Pieces
 from .preprocess import PatchGeometry, to_patches
 from .token_drop import Sifted
@@ -49,6 +50,15 @@ class StageTimes:
     preprocess_ms: float
     vision_ms: float
     prefill_ms: float
+
+
+class Part(NamedTuple):
+    """One memory's chunk: its frames, its tokens, what these see and where they go."""
+
+    frames: Sequence[np.ndarray] | Tensor  # (height, width, 3) each, uint8, or all of them as one on the device
+    span: Span
+    memory: MemoryPass
+    sift: Sift | None = None  # chooses the tokens that the language model reads
 
 
 class Encoding(NamedTuple):
@@ -190,34 +200,35 @@ class VisionLanguageModel:
         return self._model.lm_head(hidden).float()
 
     @torch.inference_mode()
-    def encode(
-        self,
-        frames: Sequence[np.ndarray] | Tensor,
-        size: tuple[int, int],
-        span: Span,
-        memory: MemoryPass,
-        between: Between | None = None,
-        sift: Sift | None = None,
-    ) -> Encoding:
-        """Pixels to memory: preprocess, vision tower, prefill.
+    def encode(self, parts: Sequence[Part], size: tuple[int, int], between: Between | None = None) -> list[Encoding]:
+        """Pixels to memories: preprocess, vision tower, prefill, of chunks of several memories at once.
 
-        frames (height, width, 3), uint8, or all of them as one tensor on the device. What runs in `between` is no
-        part of the times. `sift` chooses the tokens that the language model reads.
+        All are encoded at one size, (width, height). What runs in `between` is no part of the times, of which each
+        part has its share.
         """
         watch, pause = self._watched(between)
-        pixels = frames if isinstance(frames, Tensor) else upload(frames, self.device)
-        patches = to_patches(pixels, size, self.geometry)
+        patches = [to_patches(self._uploaded(part.frames), size, self.geometry) for part in parts]
         watch.lap()
-        width, height = size
-        temporal = -(-len(pixels) // self.geometry.temporal_patch)
-        grid = (temporal, height // self.geometry.patch, width // self.geometry.patch)
-        seen = vision = self.see(patches, grid, pause)
-        if sift is not None:
-            span, vision = sift(span, seen)
+        height, width = (side // self.geometry.patch for side in reversed(size))
+        num_patches = sum(map(len, patches))
+        # To the tower, temporal patches are apart in any case: whose they are is nothing to it.
+        seen = self.see(_joined(patches), (num_patches // (height * width), height, width), pause)
+        visions = seen.split([int(part.span.visual.sum()) for part in parts]) if len(parts) > 1 else [seen]
+        sifted = [
+            Sifted(part.span, vision) if part.sift is None else part.sift(part.span, vision)
+            for part, vision in zip(parts, visions, strict=True)
+        ]
         watch.lap()
-        self.read(span, memory, vision, pause)
+        memories = [(part.memory, len(span)) for part, (span, _) in zip(parts, sifted, strict=True)]
+        self.read(
+            Span.joined([span for span, _ in sifted]),
+            memories[0][0] if len(parts) == 1 else Together(memories),
+            Vision.joined([vision for _, vision in sifted]),
+            pause,
+        )
         watch.lap()
-        return Encoding(StageTimes(*watch.laps_ms()), seen)
+        times = StageTimes(*(lap_ms / len(parts) for lap_ms in watch.laps_ms()))
+        return [Encoding(times, vision) for vision in visions]
 
     def encode_again(self, vision: Vision, span: Span, memory: MemoryPass, between: Between | None = None) -> float:
         """`encode` of what the tower has seen before; returns the milliseconds of the prefill."""
@@ -225,6 +236,9 @@ class VisionLanguageModel:
         self.read(span, memory, vision, pause)
         watch.lap()
         return watch.laps_ms()[0]
+
+    def _uploaded(self, frames: Sequence[np.ndarray] | Tensor) -> Tensor:
+        return frames if isinstance(frames, Tensor) else upload(frames, self.device)
 
     def _watched(self, between: Between | None) -> tuple["_Stopwatch", "_Pause | None"]:
         """A watch that was started, and what comes between two layers."""
@@ -262,6 +276,10 @@ class VisionLanguageModel:
         layers = self._core.language_model.layers
         devices = tuple(layer.self_attn.k_proj.weight.device for layer in layers)
         return KVShape(text.num_key_value_heads, head_dim, self.dtype, devices)
+
+
+def _joined(patches: Sequence[Tensor]) -> Tensor:
+    return patches[0] if len(patches) == 1 else torch.cat(list(patches))
 
 
 class _Stopwatch:

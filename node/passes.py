@@ -47,6 +47,20 @@ class Prefill(MemoryPass):
         return merge([*partials, *attend_recent(query, *rows, scale)])
 
 
+class Together(MemoryPass):
+    """Passes over several memories as one: of a single row of tokens, each has its own stretch, one after the other."""
+
+    def __init__(self, parts: Sequence[tuple[MemoryPass, int]]) -> None:
+        """A pass, and how many tokens are its own."""
+        self._parts = parts
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        nums = [num for _, num in self._parts]
+        stretches = zip(query.split(nums, 2), key.split(nums, 2), value.split(nums, 2), strict=True)
+        attended = [part.attend(layer, *qkv, scale) for (part, _), qkv in zip(self._parts, stretches, strict=True)]
+        return torch.cat(attended, dim=1)
+
+
 class Place(NamedTuple):
     """Where one answer stands: what it reads of its stream, and its own rows in the scratch."""
 

@@ -6,7 +6,7 @@ once for a grid, and what lies between two attention calls is one function that 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +31,24 @@ class Vision(NamedTuple):
     embeds: Tensor  # (num_tokens, hidden)
     deepstack: list[Tensor] | None  # one (num_tokens, hidden) for each of the first language layers
     is_whole: bool = True  # False: tokens were left out, another number of every chunk
+
+    def split(self, nums: Sequence[int]) -> "list[Vision]":
+        """The tokens of several chunks, chunk by chunk."""
+        layers = [layer.split(list(nums)) for layer in self.deepstack or ()]
+        parts = enumerate(self.embeds.split(list(nums)))
+        return [Vision(embeds, [layer[i] for layer in layers] or None, self.is_whole) for i, embeds in parts]
+
+    @staticmethod
+    def joined(parts: "Sequence[Vision]") -> "Vision":
+        """The tokens of several chunks, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        layers = zip(*(part.deepstack or () for part in parts), strict=True)
+        return Vision(
+            torch.cat([part.embeds for part in parts]),
+            [torch.cat(layer) for layer in layers] or None,
+            all(part.is_whole for part in parts),
+        )
 
 
 class Segments(NamedTuple):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import FRAME_NS, Checkpoints, DirectedModel, are_equal, chunk, memory, rows
 from deadline import until
+from msgspec import UNSET
 
 from onlooker.node.chunk import Chunk, ChunkRefused, Unchanged
 from onlooker.node.engine import MAX_MARKS, Engine, load_engine
@@ -17,7 +18,7 @@ from onlooker.node.memory import StreamMemory
 from onlooker.node.options import StreamOptions
 from onlooker.node.vram import VramMeter
 from onlooker.protocol.errors import NodeError
-from onlooker.protocol.messages import UNSET, Answer, Ask, AskChoice, QuestionCounters, Vram
+from onlooker.protocol.messages import Answer, Ask, AskChoice, QuestionCounters, Vram
 
 QUESTION = "What do you see now? What did you see first?"
 NUM_SLOTS = 3
@@ -230,6 +231,40 @@ def test_streams_take_turns(engine: Engine, model: DirectedModel):
     model.let_go()
     wait(futures, WAIT_S)
     assert order == ["back", "front", "back", "front", "front"]
+
+
+def test_chunks_that_wait_in_several_streams_are_encoded_together(model: DirectedModel):
+    engine = Engine(model, max_together=4)
+    engine.start()
+    names = ("front", "back", "left", "right", "full")
+    for name in names:
+        add(engine, model, name, num_tokens=45 if name == "full" else 512)
+    encode(engine, 0, 2, stream="full")
+    held = held_in_a_chunk(engine, model)
+    num_reads = model.num_reads
+    futures = [engine.encode(name, chunk(4)) for name in names for _ in range(2)]
+    model.let_go()
+    wait([held, *futures], WAIT_S)
+    assert [reason_of(future) for future in futures[-2:]] == ["memory_full"] * 2
+    assert [engine.cache_info(name).num_frames for name in names] == [6, 4, 4, 4, 4]
+    assert model.num_reads - num_reads == 2, "four and four"
+    assert engine.close(WAIT_S)
+
+
+def test_one_failure_in_chunks_encoded_together_costs_no_other_stream_its_chunk(model: DirectedModel):
+    engine = Engine(model, max_together=4)
+    engine.start()
+    add(engine, model, "front")
+    add(engine, model, "back")
+    held = held_in_a_chunk(engine, model)
+    futures = [engine.encode(name, chunk(0)) for name in ("back", "front")]
+    model.fail_with = RuntimeError("in layer 1")
+    futures[0].add_done_callback(lambda _: setattr(model, "fail_with", None))
+    model.let_go()
+    wait([held, *futures], WAIT_S)
+    assert reason_of(held) == "encode_error" and reason_of(futures[0]) == "encode_error"
+    assert futures[1].result().num_tokens and engine.cache_info("front").num_frames == 2
+    assert engine.close(WAIT_S)
 
 
 def test_chunks_of_a_stream_are_encoded_in_the_order_given(engine: Engine):

@@ -31,7 +31,7 @@ def num_taken(memory: StreamMemory, num: int) -> int:
     """How many chunks a memory takes before it refuses one."""
     for number in range(1000):
         try:
-            memory.append(chunk(number * num, num=num, factor=memory._model.geometry.factor))
+            memory.append(chunk(number * num, num=num, factor=memory.model.geometry.factor))
         except ChunkRefused:
             return number
     raise AssertionError("it takes all")

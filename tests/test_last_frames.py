@@ -239,11 +239,11 @@ def test_what_fails_in_the_new_chunk_leaves_the_others(model: DirectedModel):
     stream = memory(model)
     for i in range(3):
         stream.append(chunk(2 * i))
-    stream._model = FailsLast(model)
+    stream.model = FailsLast(model)
     with pytest.raises(ChunkRefused):
         stream.append(chunk(6))
     assert numbers(stream) == [1, 2] and is_as_new(model, stream, [chunk(2), chunk(4)])
-    stream._model = model
+    stream.model = model
     stream.append(chunk(8))
     assert numbers(stream) == [1, 2, 3] and is_as_new(model, stream, [chunk(2), chunk(4), chunk(8)])
 

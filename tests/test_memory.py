@@ -11,7 +11,7 @@ from msgspec import UNSET
 from onlooker.node.arena import Arena
 from onlooker.node.chunk import Chunk, ChunkRefused
 from onlooker.node.layout import LAYOUTS, LayoutState, Patches
-from onlooker.node.memory import StreamMemory
+from onlooker.node.memory import Addition, StreamMemory, append_together
 from onlooker.node.model import VisionLanguageModel
 from onlooker.node.options import StreamOptions
 from onlooker.node.passes import Prefill
@@ -62,6 +62,41 @@ def test_the_size_as_encoded_and_the_times_are_reported(model: DirectedModel):
     encoded = memory(model).append(chunk(grid=(2, 3)))
     assert encoded.encoded_size == (84, 56)
     assert min(encoded.preprocess_ms, encoded.vision_ms, encoded.prefill_ms) > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chunks_of_several_memories_are_encoded_together_as_each_by_itself(
+    checkpoints: Checkpoints, family: str, layout: str
+):
+    model = checkpoints.model(family)
+    factor, drop = model.geometry.factor, 0.9
+    pairs = [[memory(model, layout=layout, drop=drop if i == 1 else None) for _ in range(2)] for i in range(3)]
+    alone, together = zip(*pairs, strict=True)
+    for number, stream in enumerate((*alone, *together)):
+        for first_seq in range(0, 2 * (number % 3), 2):
+            stream.append(chunk(first_seq, factor=factor))
+    new = [chunk(20 + 4 * i, 2 if i else 4, factor=factor) for i in range(3)]
+    apart = [stream.append(each) for stream, each in zip(alone, new, strict=True)]
+    encoded = append_together([Addition(stream, each) for stream, each in zip(together, new, strict=True)])
+    assert [each.num_tokens for each in encoded] == [each.num_tokens for each in apart]
+    assert [each.num_dropped_tokens for each in encoded] == [each.num_dropped_tokens for each in apart]
+    assert [stream.now for stream in together] == [stream.now for stream in alone]
+    for mine, other in zip(alone, together, strict=True):
+        for a, b in zip(rows(mine), rows(other), strict=True):
+            assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+
+
+def test_if_one_of_several_chunks_is_refused_no_memory_has_its_own(model: DirectedModel):
+    streams = [memory(model), memory(model, num_tokens=45)]
+    for stream in streams:
+        for first_seq in (0, 2):
+            stream.append(chunk(first_seq))
+    before = [(stream.now, rows(stream)) for stream in streams]
+    with pytest.raises(ChunkRefused, match="does not fit"):
+        append_together([Addition(stream, chunk(4)) for stream in streams])
+    for stream, (now, held) in zip(streams, before, strict=True):
+        assert stream.now == now and are_equal(rows(stream), held)
 
 
 @pytest.mark.parametrize("num", [1, 2, 4, 6, 8])

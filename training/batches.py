@@ -7,7 +7,7 @@ positions come from the node's own layouts, so the model is trained on exactly w
 
 import multiprocessing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -171,7 +171,7 @@ def _row(
     seed = int(rng.integers(1 << 31))
     story = make_camera_story(seed, split=split, duration_s=float(times_s[-1] + 1 / fps), fps=fps)
     spans, states = lay_out(form, shape, times_s)
-    stream = _joined(spans)
+    stream = Span.joined(spans)
     ends = np.cumsum([len(span) for span in spans])
     branches = []
     for number in range(1, plan.num_questions + 1):
@@ -318,15 +318,6 @@ def cell_centres(grid: tuple[int, int]) -> np.ndarray:
     """The middles (x, y) of all visual tokens' parts of the frame, row by row, as fractions of its sides."""
     y, x = np.indices(grid).reshape(2, -1)
     return np.stack([(x + 0.5) / grid[1], (y + 0.5) / grid[0]], -1)
-
-
-def _joined(spans: list[Span]) -> Span:
-    return replace(
-        spans[-1],
-        ids=np.concatenate([span.ids for span in spans]),
-        positions=np.concatenate([span.positions for span in spans], axis=1),
-        visual=np.concatenate([span.visual for span in spans]),
-    )
 
 
 def _padded(rows: list[np.ndarray], length: int, fill: int) -> np.ndarray:

@@ -1,12 +1,12 @@
 """Where the time goes on a GPU, stage by stage and variant by variant: the engine's ways beside those it replaced.
 
-    python tests/gpu/speed.py {right,start,kernels,model,upload,between} [--model NAME] [--budget 120] [--json FILE]
+    python tests/gpu/speed.py {right,start,kernels,model,upload,streams,between} [--model NAME] [--budget 120] [--json FILE]
 
 `right` compares the kernels and the captured steps with plain torch, and passes the exactness gate; `start` starts
 an engine at a published model's sizes with random weights and shows what it gave up, what it takes, and that nothing
 is compiled once it is warm; `kernels` times attention alone; `model` times the stages of a 1080p chunk, of a question
 and of decoding with CUDA events; `upload` times the ways of pictures to the device, alone and under a stream of
-chunks; `between` shows the pace of answers and the rate of a stream together, with and without decode steps between
+chunks; `streams` times small chunks of several streams, one by one and together; `between` shows the pace of answers and the rate of a stream together, with and without decode steps between
 the layers of a chunk. What fails is printed with its traceback, and the rest goes on; what would begin
 after the budget (seconds) is left out.
 """
@@ -672,6 +672,39 @@ class Watched:
         return sorted((b - a) * 1e3 for a, b in zip(self.ends, self.ends[1:], strict=False))
 
 
+def time_streams(report: Report, name: str) -> None:
+    """Small chunks that wait in four streams, by how many are encoded at once."""
+    setting = Setting((392, 224), (392, 224), 4)
+    with _warm_engine(report, name) as engine:
+        for history in (2000, 28_500):
+            names = [f"{history} {i}" for i in range(4)]
+            for stream in names:
+                num_bytes = (history + 30_000) * engine._model.kv_shape.bytes_per_token
+                engine.add_stream(
+                    StreamOptions(stream, chunk_frames=4, encode_size=setting.encode_size, memory_bytes=num_bytes)
+                ).result()
+                engine.fill(stream, history).result()
+            for num in (1, 2, 4):
+                engine._max_together = num
+                frames = [Frames(setting, seed) for seed in range(len(names))]
+                times = []
+                for num_chunks in (4, 24, 24):  # the first ones record what is new to them
+                    began = time.perf_counter()
+                    waiting = [
+                        engine.encode(stream, its.chunk())
+                        for _ in range(num_chunks)
+                        for stream, its in zip(names, frames, strict=True)
+                    ]
+                    for future in waiting:
+                        future.result()
+                    times.append((time.perf_counter() - began) / len(waiting) * 1e3)
+                report.add(f"over {history} tokens, {num} at once, ms a chunk", min(times[1:]))
+                for stream in names:
+                    engine.rewind(stream)
+            for stream in names:
+                engine.remove_stream(stream).result()
+
+
 def time_between(report: Report, name: str) -> None:
     """What answers and a stream have of each other, with a chunk as one turn and with each of its layers as one."""
     with _warm_engine(report, name) as engine:
@@ -759,7 +792,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "part",
-        choices=["right", "start", "kernels", "model", "upload", "between"],
+        choices=["right", "start", "kernels", "model", "upload", "streams", "between"],
         help="a process each: one may break its GPU",
     )
     parser.add_argument("--model", default="qwen2.5-vl-3b")
@@ -778,6 +811,8 @@ def main() -> int:
         time_kernels(report)
     elif args.part == "upload":
         report.section("pictures to the device", lambda: time_upload(report, args.model))
+    elif args.part == "streams":
+        report.section("chunks of several streams", lambda: time_streams(report, args.model))
     elif args.part == "between":
         report.section("chunks and questions at once", lambda: time_between(report, args.model))
     else:
