@@ -1,14 +1,14 @@
 """Where the time goes on a GPU, stage by stage and variant by variant: the engine's ways beside those it replaced.
 
-    python tests/gpu/speed.py {right,start,kernels,model,upload,streams,between} [--model NAME] [--budget 120] [--json FILE]
+    python tests/gpu/speed.py PART [--model NAME] [--budget 120] [--json FILE]
 
 `right` compares the kernels and the captured steps with plain torch, and passes the exactness gate; `start` starts
 an engine at a published model's sizes with random weights and shows what it gave up, what it takes, and that nothing
 is compiled once it is warm; `kernels` times attention alone; `model` times the stages of a 1080p chunk, of a question
 and of decoding with CUDA events; `upload` times the ways of pictures to the device, alone and under a stream of
-chunks; `streams` times small chunks of several streams, one by one and together; `between` shows the pace of answers and the rate of a stream together, with and without decode steps between
-the layers of a chunk. What fails is printed with its traceback, and the rest goes on; what would begin
-after the budget (seconds) is left out.
+chunks; `streams` times small chunks of several streams, one by one and together; `between` shows the pace of answers
+and the rate of a stream together, with and without decode steps between the layers of a chunk. What fails is printed
+with its traceback, and the rest goes on; what would begin after the budget (seconds) is left out.
 """
 
 import argparse
