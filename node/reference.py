@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 
 from .layout import Span
@@ -100,30 +101,85 @@ class OnePass:
 
 
 @torch.inference_mode()
-def read_at_once(model: VisionLanguageModel, span: Span, film: Film, visible: np.ndarray | None = None) -> OnePass:
+def read_at_once(
+    model: VisionLanguageModel, span: Span, film: Film, visible: np.ndarray | None = None, cache: Any = None
+) -> OnePass:
     """One forward pass with transformers' own code, its eager attention and its cache.
 
-    visible (n, n), bool: what each token sees, if not all before it.
+    visible (n, n), bool: what each token sees, if not all before it. After a `cache`, which grows, the span has the
+    last frames of the film alone.
     """
-    network = model._model
-    network.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
-    core, vision = network.model, _see_at_once(model, film)
+    core, vision = model._model.model, see_at_once(model, film)
+    num_shown = int(span.visual.sum())
     visual = torch.from_numpy(span.visual).to(model.device)[None]
     embeds = core.get_input_embeddings()(torch.from_numpy(span.ids).to(model.device))[None]
-    embeds = embeds.masked_scatter(visual[..., None], vision.embeds.to(embeds))
+    embeds = embeds.masked_scatter(visual[..., None], vision.embeds[-num_shown:].to(embeds))
     extra: dict[str, Any] = {}
     if vision.deepstack is not None:
-        extra = {"visual_pos_masks": visual, "deepstack_visual_embeds": vision.deepstack}
+        shown = [features[-num_shown:] for features in vision.deepstack]
+        extra = {"visual_pos_masks": visual, "deepstack_visual_embeds": shown}
     if visible is not None:
         hidden = torch.from_numpy(~visible).to(model.device)[None, None]
         extra["attention_mask"] = torch.zeros_like(hidden, dtype=embeds.dtype).masked_fill(hidden, -torch.inf)
     positions = torch.from_numpy(span.positions).to(model.device)[:, None]
-    out = core.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=True, **extra)
+    out = core.language_model(
+        inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True, **extra
+    )
     return OnePass(model.logits(out.last_hidden_state[0]), out.past_key_values, span.next_position)
 
 
-def _see_at_once(model: VisionLanguageModel, film: Film) -> Vision:
+@torch.inference_mode()
+def encoded_elsewhere(
+    model: VisionLanguageModel, one_pass: OnePass, rows: np.ndarray, positions: np.ndarray, moved: np.ndarray
+) -> Any:
+    """A cache of some rows (n,) of a pass, from the same hidden states, `positions` (3, n) being `moved` to others."""
+    rotary = model._model.model.language_model.rotary_emb
+    tables = (
+        [
+            table / rotary.attention_scaling
+            for table in rotary(rotary.inv_freq, torch.from_numpy(axes).to(model.device)[:, None])
+        ]
+        for axes in (positions, moved)
+    )
+    (cos, sin), (moved_cos, moved_sin) = tables
+    cache, index = transformers.DynamicCache(), torch.from_numpy(rows).to(model.device)
+    for number, layer in enumerate(one_pass.cache.layers):
+        keys = layer.keys[:, :, index]
+        plain = keys * cos - _turned(keys) * sin
+        cache.update(plain * moved_cos + _turned(plain) * moved_sin, layer.values[:, :, index], number)
+    return cache
+
+
+def _turned(keys: Tensor) -> Tensor:
+    """By a quarter."""
+    a, b = keys.chunk(2, dim=-1)
+    return torch.cat([-b, a], dim=-1)
+
+
+def what_is_new(features: Tensor, num_places: int, max_similarity: float) -> tuple[np.ndarray, float]:
+    """Which tokens (num_patches * num_places,) differ from the last one like that at their place, the first or not.
+
+    Of every temporal patch at least one does, the least similar. Also returns how near a similarity came to the bound.
+    """
+    kept: dict[int, Tensor] = {}
+    is_new: list[bool] = []
+    nearest = 1.0
+    for patch in features.double().cpu().split(num_places):
+        alike = [
+            float(torch.cosine_similarity(patch[place], kept[place], dim=0)) if place in kept else -1.0
+            for place in range(num_places)
+        ]
+        nearest = min(nearest, *(abs(similarity - max_similarity) for similarity in alike))
+        new = {place for place in range(num_places) if alike[place] <= max_similarity} | {int(np.argmin(alike))}
+        kept |= {place: patch[place] for place in new}
+        is_new += [place in new for place in range(num_places)]
+    return np.array(is_new), nearest
+
+
+@torch.inference_mode()
+def see_at_once(model: VisionLanguageModel, film: Film) -> Vision:
     """Transformers' vision tower over the whole film in one call (image mode: over each frame, as an image)."""
+    model._model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
     geometry, (rows, columns) = model.geometry, film.grid
     pixels = torch.from_numpy(film.frames).to(model.device)
     if film.is_images:

@@ -4,10 +4,11 @@
     python -m onlooker.node.verify --model PATH     the given checkpoint, in float32
     python -m onlooker.node.verify --answers        greedy answers too, word for word
 
-Five promises: chunk by chunk equals one pass over the whole prompt; what a memory has not forgotten equals one pass
-in which the forgotten is masked; a question, however it ends, leaves no trace, bit for bit; bytes are tokens x bytes
-per token and lie in the storage reserved for them; questions answered together are answered as they would be alone.
-Prints a table, exits 1 on a miss.
+Seven promises: chunk by chunk equals one pass over the whole prompt; what a memory has not forgotten, and what is left
+of chunks whose tokens were dropped, equals one pass in which the rest is masked; positions that have moved equal the
+same states encoded there; a question, however it ends, leaves no trace, bit for bit; bytes are tokens x bytes per token
+and lie in the storage reserved for them; questions answered together are answered as they would be alone. Prints a
+table, exits 1 on a miss.
 """
 
 import argparse
@@ -16,7 +17,9 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,20 +34,37 @@ from .adapter import FAMILIES
 from .answer import GrowingAnswer, decode
 from .branch import Branch, Scratch
 from .chunk import CHUNK_FRAMES, Chunk, Picture
+from .layout import Span
 from .machine import machine
 from .memory import StreamMemory
-from .model import Between, VisionLanguageModel, load_model, resolve_device, use_few_threads
+from .model import VisionLanguageModel, load_model, resolve_device, use_few_threads
 from .native_answers import compare_answers
 from .options import StreamOptions
 from .passes import Prefill
 from .random_checkpoint import write_checkpoint
-from .reference import FRAME_NS, Film, read_at_once, whole_prompt
+from .reference import (
+    FRAME_NS,
+    Film,
+    OnePass,
+    encoded_elsewhere,
+    read_at_once,
+    see_at_once,
+    what_is_new,
+    whole_prompt,
+)
 
 _NUM_FRAMES = 24  # a multiple of every chunk size
 _GRIDS = ((2, 3), (4, 3))  # merged tokens (rows, columns) of the two resolutions
 _QUESTION = "What did you see first, and what came after it?"
 _SLOT_TOKENS = 128
 _FORGETTING_TOKENS = {"native": 80, "turns": 100}  # too few for all frames, in every family
+_SIMILARITIES = (
+    0.98,
+    0.95,
+    0.9,
+    0.8,
+    0.6,
+)  # above one of them a token is dropped: the one that rounding is farthest from
 
 BOUND = 1e-5  # float32 sums in another order, by the largest figure where that is over 1
 
@@ -78,6 +98,8 @@ def verify(model: VisionLanguageModel, bound: float = BOUND) -> Iterator[Check]:
         for retention in ("window", "thin"):
             yield from _forgetting(model, layout, retention, bound)
     for layout in ("native", "turns"):
+        yield from _dropping(model, layout, bound)
+        yield from _moving(model, layout, bound)
         yield from _no_trace(model, layout)
     yield from _bytes(model)
     yield from _together(model, bound)
@@ -94,56 +116,156 @@ def _one_pass(
     memory = _memory(model, layout, chunk_frames)
     for chunk in _chunks(film.frames, chunk_frames):
         memory.append(chunk)
-    question = memory.layout.question(memory.now.layout, _QUESTION)
-    hidden = model.read(question, Prefill([memory.extent(memory.now)]))
-    streamed = model.logits(hidden)
-
     span = whole_prompt(model, film, _QUESTION)
-    if len(span) != memory.now.num_tokens + len(question):
+    rows = np.arange(memory.now.num_tokens)
+    if len(span) != len(rows) + len(_question(memory)):
         yield Check("chunks = one pass, logits", model.name, case, math.inf, bound)
         return
-    one_pass = read_at_once(model, span, film)
+    yield from _compared("chunks = one pass", case, model, memory, read_at_once(model, span, film), rows, bound)
+
+
+def _compared(
+    promise: str,
+    case: str,
+    model: VisionLanguageModel,
+    memory: StreamMemory,
+    one_pass: OnePass,
+    rows: np.ndarray,
+    bound: float,
+) -> Iterator[Check]:
+    """A memory against the rows (num_tokens,) of a pass that should be its own, and what a question makes of both."""
+    question, extent = _question(memory), memory.extent(memory.now)
+    streamed = model.logits(model.read(question, Prefill([extent])))
     gap = _distance(streamed, one_pass.logits[-len(question) :])
-    yield Check("chunks = one pass, logits", model.name, case, gap, bound)
-    num = memory.now.num_tokens
-    extent = memory.extent(memory.now)
+    yield Check(f"{promise}, logits", model.name, case, gap, bound)
+    its = torch.from_numpy(rows).to(model.device)
     gaps = [
-        _distance(mine, theirs[:num])
+        _distance(mine, theirs[its])
         for layer in range(model.kv_shape.num_layers)
         for mine, theirs in zip(extent.rows(layer), one_pass.rows(layer), strict=True)
     ]
-    yield Check("chunks = one pass, K and V", model.name, case, max(gaps), bound)
+    yield Check(f"{promise}, K and V", model.name, case, max(gaps), bound)
 
 
-# --------------------------------------------------------------------------------------------- forgetting
+def _question(memory: StreamMemory) -> Span:
+    return memory.layout.question(memory.now.layout, _QUESTION)
+
+
+# --------------------------------------------------------------------------- forgetting, dropping, moving
 
 
 def _forgetting(model: VisionLanguageModel, layout: str, retention: RetentionName, bound: float) -> Iterator[Check]:
     """A memory too small for the film, against one pass in which no token sees what was forgotten before it came."""
     film = Film(_frames(model, _GRIDS[0]), _GRIDS[0], layout, 2)
     memory = _memory(model, layout, 2, retention, _FORGETTING_TOKENS[layout])
-    held, lengths = [], []
-    for chunk in _chunks(film.frames, 2):
-        lengths.append(memory.append(chunk).num_tokens)
-        held.append([record.number for record in memory.ledger.records])
+    lengths, held = _fed(memory, _chunks(film.frames, 2))
     case = f"{layout}, {retention}: {len(held[-1])} of {len(held)} chunks are left"
     if len(held[-1]) == len(held):
         yield Check("forgetting = one pass, masked, logits", model.name, case, math.inf, bound)
         return
-    question = memory.layout.question(memory.now.layout, _QUESTION)
-    streamed = model.logits(model.read(question, Prefill([memory.extent(memory.now)])))
-    visible = _visible([*lengths, len(question)], memory.now.num_anchor, [*held, held[-1]])
+    visible = _visible([*lengths, len(_question(memory))], memory.now.num_anchor, [*held, held[-1]])
     one_pass = read_at_once(model, whole_prompt(model, film, _QUESTION), film, visible)
-    gap = _distance(streamed, one_pass.logits[-len(question) :])
-    yield Check("forgetting = one pass, masked, logits", model.name, case, gap, bound)
-    left = torch.from_numpy(np.flatnonzero(visible[-1, : sum(lengths)])).to(model.device)
-    extent = memory.extent(memory.now)
-    gaps = [
-        _distance(mine, theirs[left])
-        for layer in range(model.kv_shape.num_layers)
-        for mine, theirs in zip(extent.rows(layer), one_pass.rows(layer), strict=True)
-    ]
-    yield Check("forgetting = one pass, masked, K and V", model.name, case, max(gaps), bound)
+    rows = np.flatnonzero(visible[-1, : sum(lengths)])
+    yield from _compared("forgetting = one pass, masked", case, model, memory, one_pass, rows, bound)
+
+
+def _fed(memory: StreamMemory, chunks: Iterable[Chunk]) -> tuple[list[int], list[list[int]]]:
+    """How many tokens each chunk has, and which chunks the memory held with it."""
+    lengths, held = [], []
+    for chunk in chunks:
+        lengths.append(memory.append(chunk).num_tokens)
+        held.append([record.number for record in memory.ledger.records])
+    return lengths, held
+
+
+def _dropping(model: VisionLanguageModel, layout: str, bound: float) -> Iterator[Check]:
+    """A scene that mostly stands still, against one pass in which nobody sees the tokens that say nothing new."""
+    grid = _GRIDS[0]
+    film = Film(_scene(model, grid), grid, layout, 4)
+    features, num_places = see_at_once(model, film).embeds, grid[0] * grid[1]
+    choices = [(*what_is_new(features, num_places, drop), drop) for drop in _SIMILARITIES]
+    is_new, _, drop = max(choices, key=lambda choice: (not choice[0].all(), choice[1]))
+    memory = _memory(model, layout, 4, drop=drop)
+    _fed(memory, _chunks(film.frames, 4))
+    case = f"{layout}, drop {drop}: {is_new.sum()} of {len(is_new)} tokens are left"
+    span = whole_prompt(model, film, _QUESTION)
+    stays = ~span.visual
+    stays[span.visual] = is_new
+    rows = np.flatnonzero(stays[: -len(_question(memory))])
+    if is_new.all() or len(rows) != memory.now.num_tokens:
+        yield Check("dropping = one pass, masked, logits", model.name, case, math.inf, bound)
+        return
+    visible = np.tri(len(span), dtype=bool) & (stays | np.eye(len(span), dtype=bool))
+    one_pass = read_at_once(model, span, film, visible)
+    yield from _compared("dropping = one pass, masked", case, model, memory, one_pass, rows, bound)
+
+
+def _moving(model: VisionLanguageModel, layout: str, bound: float) -> Iterator[Check]:
+    """A memory whose positions end with a chunk, against the same states encoded where they stand by then."""
+    promise, frames = "moved = encoded there", _frames(model, _GRIDS[0], 2 * _NUM_FRAMES)
+    memory, chunks = _memory(model, layout, 2, "window", _FORGETTING_TOKENS[layout]), _chunks(frames, 2)
+    horizon = _near_horizon(model, layout, chunks)
+    with _horizon(model, horizon):
+        lengths, held = _fed(memory, _until_moved(memory, chunks))
+    now, question = memory.now, _question(memory)
+    film = Film(frames[: 2 * len(lengths)], _GRIDS[0], layout, 2)
+    span = whole_prompt(model, film, _QUESTION)
+    rows, moved = _moved(memory, span.positions, lengths)
+    shifts = set(span.positions[0, rows[now.num_anchor :]] - moved[0, rows[now.num_anchor :]])
+    case = f"{layout}: {len(held[-1])} of {len(held)} chunks are left, {max(shifts)} positions down"
+    if len(held[-1]) == 1 or len(shifts) > 1 or not max(shifts) > 0 or now.layout.next_position > horizon:
+        yield Check(f"{promise}, logits", model.name, case, math.inf, bound)
+        return
+    visible = _visible([*lengths, len(question)], now.num_anchor, [*held, held[-1]])
+    old, new = rows[: -lengths[-1]], slice(-lengths[-1] - len(question), None)
+    before = read_at_once(model, span, film, visible)
+    cache = encoded_elsewhere(model, before, old, span.positions[:, old], moved[:, old])
+    rest = Span(span.ids[new], moved[:, new], span.visual[new], int(moved.max()) + 1)
+    then = read_at_once(model, rest, film, cache=cache)
+    yield from _compared(promise, case, model, memory, then, np.arange(now.num_tokens), bound)
+
+
+def _near_horizon(model: VisionLanguageModel, layout: str, chunks: Sequence[Chunk]) -> int:
+    """Positions of which a quarter can come back while some chunks stay; float32 tells little of hundreds more."""
+    memory = _memory(model, layout, 2)
+    _fed(memory, chunks[:3])  # the clock of a video is behind the size of its pictures at first
+    third = memory.now.layout.next_position
+    _fed(memory, chunks[3:4])
+    return third + third // 3 + 6 * (memory.now.layout.next_position - third)
+
+
+def _until_moved(memory: StreamMemory, chunks: Sequence[Chunk]) -> Iterator[Chunk]:
+    """Chunks up to the first one, taken in before the next is asked for, with which positions went down."""
+    most = 0
+    for chunk in chunks:
+        yield chunk
+        if memory.now.layout.next_position < most:
+            return
+        most = memory.now.layout.next_position
+
+
+def _moved(memory: StreamMemory, positions: np.ndarray, lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens of a prompt a memory holds, and positions (3, n): of those as its ledger says, and then on."""
+    num_anchor, ends, moved = memory.now.num_anchor, np.cumsum(lengths), positions.copy()
+    rows, at = [np.arange(num_anchor)], np.arange(0)
+    for record in memory.ledger.records:
+        at = np.arange(max(num_anchor, ends[record.number] - lengths[record.number]), ends[record.number])
+        across = positions[1:, at].min() - record.reach.base
+        moved[:, at] -= np.array([positions[0, at[0]] - record.reach.first, across, across])[:, None]
+        rows.append(at)
+    moved[:, ends[-1] :] = moved[:, at].max() + 1 + np.arange(positions.shape[1] - ends[-1])
+    return np.concatenate(rows), moved
+
+
+@contextmanager
+def _horizon(model: VisionLanguageModel, num_positions: int) -> Iterator[None]:
+    """A model that was trained for so many positions."""
+    text = model.config.text_config
+    before, text.max_position_embeddings = text.max_position_embeddings, num_positions
+    try:
+        yield
+    finally:
+        text.max_position_embeddings = before
 
 
 def _visible(lengths: Sequence[int], num_anchor: int, held: Sequence[Sequence[int]]) -> np.ndarray:
@@ -171,6 +293,7 @@ def _no_trace(model: VisionLanguageModel, layout: str) -> Iterator[Check]:
     asked, never = _memory(model, layout, 4), _memory(model, layout, 4)
     scratch = Scratch(model.kv_shape, 2, _SLOT_TOKENS)
     endings = (_answer_greedily, _answer_sampled, _cancel_half_way, _fail_in_prefill, _fail_in_decode)
+    middle = _InTheMiddle(model, asked, scratch, endings)
     chunks = _chunks(frames, 4)
     for i, chunk in enumerate(chunks):
         never.append(chunk)
@@ -178,7 +301,7 @@ def _no_trace(model: VisionLanguageModel, layout: str) -> Iterator[Check]:
             endings[i % len(endings)](model, asked, scratch)
             _fail_in_chunk(model, asked, chunk)
         is_last = i == len(chunks) - 1
-        asked.append(chunk, between=_in_the_middle(model, asked, scratch, endings) if is_last else None)
+        asked.append(chunk, between=middle if is_last else None)
     extents = [memory.extent(memory.now) for memory in (asked, never)]
     differing = sum(
         int((mine != theirs).sum())
@@ -191,22 +314,24 @@ def _no_trace(model: VisionLanguageModel, layout: str) -> Iterator[Check]:
     logits = [model.logits(model.read(question, Prefill([extent]))) for extent in extents]
     yield Check("no trace, next logits", model.name, case, _distance(*logits), 0.0)
     yield Check("no trace, slots still held", model.name, case, float(2 - scratch.num_free), 0.0)
+    yield Check("no trace, endings that did not run", model.name, case, float(len(middle.left)), 0.0)
 
 
-def _in_the_middle(
-    model: VisionLanguageModel, memory: StreamMemory, scratch: Scratch, endings: Sequence[Ending]
-) -> Between:
+class _InTheMiddle:
     """One ending after each layer, from the last two of the vision tower on: small models have three more."""
-    num_before = model.config.vision_config.depth - 2
-    left = iter([None] * num_before + list(endings))
 
-    def between() -> float:
-        ending = next(left, None)
-        if ending is not None:
-            ending(model, memory, scratch)
+    def __init__(
+        self, model: VisionLanguageModel, memory: StreamMemory, scratch: Scratch, endings: Sequence[Ending]
+    ) -> None:
+        self._around = (model, memory, scratch)
+        self._num_before = model.config.vision_config.depth - 2
+        self.left = deque(endings)
+
+    def __call__(self) -> float:
+        self._num_before -= 1
+        if self._num_before < 0 and self.left:
+            self.left.popleft()(*self._around)
         return 0.0
-
-    return between
 
 
 def _answer_greedily(model: VisionLanguageModel, memory: StreamMemory, scratch: Scratch) -> None:
@@ -363,6 +488,7 @@ def _memory(
     chunk_frames: int,
     retention: RetentionName = "stop",
     num_tokens: int = 1024,
+    drop: float | None = None,
 ) -> StreamMemory:
     options = StreamOptions(
         "verify",
@@ -371,15 +497,26 @@ def _memory(
         min_pixels=1,
         memory_bytes=num_tokens * model.kv_shape.bytes_per_token,
         retention=retention,
+        drop=drop,
     )
     return StreamMemory(model, options)
 
 
-def _frames(model: VisionLanguageModel, grid: tuple[int, int]) -> np.ndarray:
+def _frames(model: VisionLanguageModel, grid: tuple[int, int], num: int = _NUM_FRAMES) -> np.ndarray:
     """Noise at a size that needs no resize: (num, height, width, 3), uint8."""
     factor = model.geometry.factor
-    shape = (_NUM_FRAMES, grid[0] * factor, grid[1] * factor, 3)
+    shape = (num, grid[0] * factor, grid[1] * factor, 3)
     return np.random.default_rng(7).integers(0, 256, shape, dtype=np.uint8)
+
+
+def _scene(model: VisionLanguageModel, grid: tuple[int, int]) -> np.ndarray:
+    """`_frames` of which few places change: none to three, by turns, from one temporal patch to the next."""
+    noise, factor = _frames(model, grid), model.geometry.factor
+    scene = np.repeat(noise[:1], len(noise), axis=0)
+    for number in range(len(noise)):
+        changed = np.s_[number, :factor, : number // 2 % 4 * factor]
+        scene[changed] = noise[changed]
+    return scene
 
 
 def _chunks(frames: np.ndarray, chunk_frames: int) -> list[Chunk]:

@@ -3,19 +3,26 @@
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import FAMILIES, Checkpoints
 
+from onlooker.node import token_drop
 from onlooker.node import verify as verify_module
 from onlooker.node.arena import Arena
+from onlooker.node.chunk import Chunk, Encoded
 from onlooker.node.layout import LAYOUTS, LayoutState, NativeLayout, Patches, Span
 from onlooker.node.ledger import Snapshot
 from onlooker.node.memory import StreamMemory
+from onlooker.node.model import VisionLanguageModel
 from onlooker.node.native_answers import Compared
 from onlooker.node.reading import Reading
-from onlooker.node.verify import Check, main, verify, verify_answers
+from onlooker.node.token_drop import Sifted
+from onlooker.node.verify import BOUND, Check, main, verify, verify_answers
+from onlooker.node.vision import Vision
 from onlooker.tools.report import page_of
 
 
@@ -26,7 +33,7 @@ def missed(checks: list[Check]) -> set[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_promise_holds_for_every_family(checkpoints: Checkpoints, family: str):
     checks = list(verify(checkpoints.model(family)))
-    assert len(checks) == 57
+    assert len(checks) == 67
     assert not missed(checks)
 
 
@@ -41,9 +48,8 @@ class LateLayout(NativeLayout):
 
 def test_positions_that_are_one_off_are_found(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(LAYOUTS, "native", LateLayout)
-    assert {"chunks = one pass, logits", "chunks = one pass, K and V"} <= missed(
-        list(verify(checkpoints.model("qwen2_5_vl")))
-    )
+    checks = list(verify_module._one_pass(checkpoints.model("qwen2_5_vl"), "native", 2, (2, 3), BOUND))
+    assert missed(checks) == {"chunks = one pass, logits", "chunks = one pass, K and V"}
 
 
 def test_a_question_that_writes_one_value_is_found(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
@@ -54,12 +60,60 @@ def test_a_question_that_writes_one_value_is_found(checkpoints: Checkpoints, mon
         return sound(self, snapshot)
 
     monkeypatch.setattr(StreamMemory, "read", touching)
-    assert "no trace, K and V that differ" in missed(list(verify(checkpoints.model("qwen2_vl"))))
+    assert "no trace, K and V that differ" in missed(
+        list(verify_module._no_trace(checkpoints.model("qwen2_vl"), "native"))
+    )
+
+
+def test_questions_that_never_ran_in_the_middle_of_a_chunk_are_found(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+):
+    sound = StreamMemory.append
+
+    def closed(self: StreamMemory, chunk: Chunk, upload: Any = None, between: Any = None) -> Encoded:
+        return sound(self, chunk, upload)
+
+    monkeypatch.setattr(StreamMemory, "append", closed)
+    checks = list(verify_module._no_trace(checkpoints.model("qwen2_vl"), "native"))
+    assert missed(checks) == {"no trace, endings that did not run"}
+
+
+def test_tokens_that_moved_up_to_those_before_them_are_found(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
+    def closed_up(span: Span, vision: Vision, is_new: np.ndarray) -> Sifted:
+        sifted = sound(span, vision, is_new)
+        return sifted._replace(span=replace(sifted.span, positions=span.positions[:, : len(sifted.span)]))
+
+    sound = token_drop._sifted
+    monkeypatch.setattr(token_drop, "_sifted", closed_up)
+    checks = list(verify_module._dropping(checkpoints.model("qwen2_5_vl"), "native", BOUND))
+    assert missed(checks) == {"dropping = one pass, masked, logits", "dropping = one pass, masked, K and V"}
+
+
+def test_another_choice_of_tokens_is_found(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.nn.functional, "cosine_similarity", lambda a, b, dim: torch.ones(len(a)))
+    checks = list(verify_module._dropping(checkpoints.model("qwen2_5_vl"), "native", BOUND))
+    assert [check.value for check in checks] == [math.inf]
+
+
+def test_keys_that_did_not_move_with_their_positions_are_found(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Arena, "rotate", lambda self, turns: None)
+    checks = list(verify_module._moving(checkpoints.model("qwen2_5_vl"), "native", BOUND))
+    assert missed(checks) == {"moved = encoded there, logits", "moved = encoded there, K and V"}
+
+
+def test_positions_that_never_move_are_found(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(VisionLanguageModel, "max_positions", 10_000)
+    checks = list(verify_module._moving(checkpoints.model("qwen2_5_vl"), "native", BOUND))
+    assert [check.value for check in checks] == [math.inf]
 
 
 def test_bytes_that_are_miscounted_are_found(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Arena, "logical_bytes", lambda self, num_tokens: 0)
-    assert missed(list(verify(checkpoints.model("qwen2_vl")))) == {"bytes = tokens x bytes per token = storage"}
+    assert missed(list(verify_module._bytes(checkpoints.model("qwen2_vl")))) == {
+        "bytes = tokens x bytes per token = storage"
+    }
 
 
 def test_a_value_that_is_no_number_does_not_pass():
@@ -96,9 +150,9 @@ def test_the_command_reports_as_json_and_by_its_status(checkpoints: Checkpoints,
     path = str(checkpoints.path("qwen2_vl"))
     assert main(["--model", path, "--device", "cpu", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["passed"] and len(document["checks"]) == 57
+    assert document["passed"] and len(document["checks"]) == 67
     assert document["machine"]["command"] == f"onlooker verify --model {path} --device cpu --json"
-    assert page_of(document, "").verdict == (True, "All 57 checks hold")
+    assert page_of(document, "").verdict == (True, "All 67 checks hold")
     assert main(["--model", path, "--device", "cpu", "--bound", "1e-12"]) == 1
     assert "MISS" in capsys.readouterr().out
 
