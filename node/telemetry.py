@@ -222,6 +222,7 @@ def _condition(stats: StreamStats) -> tuple[object, ...]:
     """What of a stream is worth a record before its time."""
     return (
         stats.state,
+        stats.degraded,
         stats.received_size,
         stats.encoded_size,
         stats.cache.num_chunks,

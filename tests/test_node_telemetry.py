@@ -155,6 +155,14 @@ def test_the_end_of_a_stream_and_the_next_publisher_are_told(watcher: Watcher, c
     watcher.until_event("stream_online")
 
 
+def test_what_a_stream_gives_up_is_told_before_the_next_report_is_due(engine: FakeEngine):
+    with running_node(engine, telemetry__period_s=60) as node, Watcher(node.endpoints["telemetry"]) as watcher:
+        watcher.until_kind("hello")
+        for degraded in (["gate"], []):  # the first one may have come with the first report
+            node._state.intake.adjust("front", engine._memories["front"].options, degraded)
+            watcher.until(lambda heard, given_up=degraded: getattr(heard.record, "degraded", None) == given_up)
+
+
 def test_a_full_memory_is_told(engine: FakeEngine, watcher: Watcher, camera: zmq.Socket):
     engine.capacity_tokens = 16
     watcher.until_kind("hello")
