@@ -7,6 +7,8 @@ from ..protocol.messages import RetentionName
 from .chunk import CHUNK_FRAMES
 from .retention import POLICIES, Retention
 
+_COUNTED = ("stride", "memory_bytes", "min_memory_bytes", "ring_frames", "ring_bytes", "min_pixels", "max_pixels")
+
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
@@ -51,9 +53,7 @@ class StreamOptions:
         if self.drop is not None and not 0 <= self.drop <= 1:
             raise ValueError(f"drop must be within 0 and 1, got {self.drop}")
         self._check_last_frames()
-        for field in (
-            *("stride", "memory_bytes", "min_memory_bytes", "ring_frames", "ring_bytes", "min_pixels", "max_pixels"),
-        ):
+        for field in _COUNTED:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field} must be at least 1, got {value}")

@@ -23,8 +23,18 @@ from .tally import Tally
 MAX_PROGRESS_AGE_MS = 10_000  # an engine that has not come round for longer is not ready
 
 FEATURES: Sequence[str] = (
-    *("ask", "ask_choice", "partial", "cancel", "marks", "streams", "forecast"),
-    *("retention", "gate", "drop", "last_frames", "degrade"),
+    "ask",
+    "ask_choice",
+    "partial",
+    "cancel",
+    "marks",
+    "streams",
+    "forecast",
+    "retention",
+    "gate",
+    "drop",
+    "last_frames",
+    "degrade",
 )
 
 
