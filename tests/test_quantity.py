@@ -1,6 +1,6 @@
 import pytest
 
-from onlooker.tools.quantity import bytes_text, ms_text, reasons_text, seconds_text, time_text
+from onlooker.tools.quantity import bytes_text, ms_text, num_bytes_of, reasons_text, seconds_text, time_text
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,19 @@ from onlooker.tools.quantity import bytes_text, ms_text, reasons_text, seconds_t
 )
 def test_bytes_read_in_powers_of_1000(num_bytes: int, text: str) -> None:
     assert bytes_text(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "num"), [("1000", 1000), ("2GiB", 2 << 30), ("1.5GB", 1_500_000_000), ("64 MiB", 64 << 20), ("1k", 1000)]
+)
+def test_bytes_are_read_as_they_are_written(text: str, num: int) -> None:
+    assert num_bytes_of(text) == num
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1 XB", "much", "1MiBB"])
+def test_what_is_no_number_of_bytes_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ValueError, match="512MiB"):
+        num_bytes_of(text)
 
 
 @pytest.mark.parametrize(

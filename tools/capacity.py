@@ -48,6 +48,7 @@ from .connection import (
     check_keys,
     checked_name,
     open_client,
+    parsed_bytes,
     wait_ready,
 )
 from .feed import Feed, Stamp
@@ -74,18 +75,9 @@ MAX_TRIES = 6
 SHRINK = 0.9  # from one try to the next
 VRAM_PERIOD_S = 1.5  # a node reads its device's memory more often than this
 
-_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(|k|M|G|T|Ki|Mi|Gi|Ti)B?", re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-
 
 class NothingFitsError(OnlookerError):
     """Not one chunk of a video fits."""
-
-
-def _checked_bytes(text: str | None) -> str | None:
-    if text is not None and _BYTES.fullmatch(text.strip()) is None:
-        raise typer.BadParameter(f"a size such as 512MiB or 1.5GB is wanted, got {text}")
-    return text
 
 
 def _checked_size(text: str | None) -> str | None:
@@ -150,11 +142,9 @@ def capacity(
     chunk_frames: Annotated[int, typer.Option(help="Frames encoded together: 1, 2, 4, 6 or 8.")] = 4,
     round_chunks: Annotated[int, typer.Option(min=1, help="Chunks a round.")] = 10,
     memory: Annotated[
-        str | None,
+        int | None,
         typer.Option(
-            metavar="SIZE",
-            help="For keys and values, such as 2GiB; without it, all that is free.",
-            callback=_checked_bytes,
+            metavar="SIZE", help="For keys and values, such as 2GiB; without it, all that is free.", parser=parsed_bytes
         ),
     ] = None,
     encode_size: Annotated[
@@ -187,7 +177,7 @@ def capacity(
         stride=stride,
         chunk_frames=chunk_frames,
         round_chunks=round_chunks,
-        memory_bytes=None if memory is None else _num_bytes(memory),
+        memory_bytes=memory,
         encode_size=None if encode_size is None else _size(encode_size),
         max_frames=max_frames,
     )
@@ -531,13 +521,6 @@ def _file_frames(video: Video, options: CapacityOptions) -> int | None:
 
 def _batched(frames: list[VideoFrame], num: int) -> Iterator[list[VideoFrame]]:
     return (frames[i : i + num] for i in range(0, len(frames), num))
-
-
-def _num_bytes(text: str) -> int:
-    match = _BYTES.fullmatch(text.strip())
-    assert match is not None
-    unit = match[2].lower()
-    return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** _POWERS[unit.removesuffix("i")])
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from ..protocol.curve import load_keypair, load_public
 from ..protocol.errors import DecodeError, NoReplyError
 from ..protocol.interface import VideoMemory
 from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT, FRAMES_ENDPOINT, TELEMETRY_ENDPOINT
+from .quantity import num_bytes_of
 
 # A node that is alive says so at once, also while its model is being loaded.
 PING_TIMEOUT_S = 3.0
@@ -40,6 +41,14 @@ def endpoint_option(*flags: str, help: str, default: str | None = None) -> typer
     if default is not None:
         help += f" Default: port {default.rpartition(':')[2]} of this machine."
     return typer.Option(*flags, metavar="ENDPOINT", help=help, show_default=False, callback=_checked_endpoint)
+
+
+def parsed_bytes(text: str) -> int:
+    """The bytes of an option such as 512MiB. Raises BadParameter."""
+    try:
+        return num_bytes_of(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def checked_name(name: str | None) -> str | None:

@@ -1,5 +1,6 @@
-"""Quantities as people read them."""
+"""Quantities as people read and write them."""
 
+import re
 from datetime import UTC, datetime
 
 from msgspec import UNSET
@@ -7,6 +8,18 @@ from msgspec import UNSET
 from ..protocol.messages import CacheInfo
 
 NS_PER_S = 1_000_000_000
+
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(|k|M|G|T|Ki|Mi|Gi|Ti)B?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def num_bytes_of(text: str) -> int:
+    """`512MiB`, `1.5 GB` or a plain number. Raises ValueError."""
+    match = _BYTES.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"a size such as 512MiB or 1.5GB is wanted, got {text}")
+    unit = match[2].lower()
+    return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** _POWERS[unit.removesuffix("i")])
 
 
 def bytes_text(num_bytes: int) -> str:
