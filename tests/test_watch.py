@@ -67,6 +67,13 @@ def test_what_is_unknown_is_left_out(view: View) -> None:
     assert "none yet" in text
 
 
+def test_the_last_frames_and_what_was_given_up_are_shown_where_there_are_any(view: View) -> None:
+    assert "the last" not in drawn(view, now=100.0) and "given up" not in drawn(view, now=100.0)
+    view.take(stream_stats(last_frames=16, degraded=["frame_rate"]), now=100.0)
+    text = drawn(view, now=100.0)
+    assert "the last 16 frames at most" in text and "given up: frame_rate" in text
+
+
 def test_a_silent_node_is_offline_and_what_was_known_stays(view: View) -> None:
     text = drawn(view, now=104.0)
     assert "node offline, silent for 4 s" in text

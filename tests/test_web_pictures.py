@@ -187,6 +187,11 @@ def test_the_figures_of_a_stream_are_those_that_were_told() -> None:
     assert "1920\N{MULTIPLICATION SIGN}1080 encoded as 644\N{MULTIPLICATION SIGN}364" in said
 
 
+def test_what_a_stream_has_given_up_is_told() -> None:
+    assert "given up: frame_rate, gate" in text(pictures.figures(stream_stats(degraded=["frame_rate", "gate"]), None))
+    assert "given up" not in text(pictures.figures(stream_stats(), None))
+
+
 def test_the_memory_is_told_in_seconds_frames_tokens_and_bytes() -> None:
     said = text(pictures.memory(stream_stats()))
     for fact in ("2.5 s", "frames 8 in 2 chunks", "tokens 250 of 1,000", "bytes 16 kB of 64 kB reserved", "25.0% full"):

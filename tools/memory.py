@@ -28,6 +28,7 @@ from .connection import (
     checked_name,
     only_stream,
     open_client,
+    parsed_bytes,
     wait_ready,
 )
 from .link import added_text, forecast_text, stats_of
@@ -96,6 +97,14 @@ def streams(client: NodeClient, is_json: JsonOption = False) -> None:
 def add(
     client: NodeClient,
     stream: StreamArgument,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SIZE",
+            help="For keys and values, such as 2GiB; without it, what the node's settings say.",
+            parser=parsed_bytes,
+        ),
+    ] = None,
     retention: Annotated[
         RetentionName | None, typer.Option(help="What a full memory does; without it, what the node's settings say.")
     ] = None,
@@ -123,6 +132,7 @@ def add(
     """
     spec = StreamSpec(
         stream=stream,
+        memory_bytes=or_unset(memory),
         retention=or_unset(retention),
         gate=or_unset(gate),
         drop=or_unset(drop),
@@ -208,9 +218,11 @@ def marks(
 def _stream_text(stats: StreamStats) -> str:
     frames = stats.frames
     dropped = reasons_text(frames.dropped)
+    last = "" if stats.last_frames is UNSET else f", the last {stats.last_frames} frames at most"
+    given_up = f"; given up: {', '.join(stats.degraded)}" if stats.degraded else ""
     return (
-        f"{stats.stream}: {stats.state}; {_cache_text(stats.cache)}; received {frames.received} frames, "
-        f"encoded {frames.encoded}, pending {frames.pending}, dropped {dropped or 'none'}"
+        f"{stats.stream}: {stats.state}; {_cache_text(stats.cache)}{last}; received {frames.received} frames, "
+        f"encoded {frames.encoded}, pending {frames.pending}, dropped {dropped or 'none'}{given_up}"
     )
 
 

@@ -228,7 +228,7 @@ def _stream(stats: StreamStats) -> RenderableType:
         (stats.stream, "bold"),
         " ",
         (stats.state, _STATE_STYLES.get(stats.state, "cyan")),
-        f"  {stats.layout}, {stats.chunk_frames} a chunk{_size_text(stats)}",
+        f"  {stats.layout}, {stats.chunk_frames} a chunk{_last_text(stats)}{_size_text(stats)}",
     )
     return Panel(table, title=title, title_align="left")
 
@@ -280,6 +280,10 @@ def _chunks_text(stats: StreamStats) -> str:
     if stats.degraded:
         parts.append(f"given up: {', '.join(stats.degraded)}")
     return ", ".join(parts) or "none yet"
+
+
+def _last_text(stats: StreamStats) -> str:
+    return "" if stats.last_frames is UNSET else f", the last {stats.last_frames} frames at most"
 
 
 def _size_text(stats: StreamStats) -> str:

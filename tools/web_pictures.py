@@ -151,7 +151,8 @@ def figures(stats: StreamStats | None, timeline: Timeline | None) -> str:
     ]
     kind, state = _STREAM_STATES[stats.state]
     facts = [f"{stats.chunk_frames} a chunk", stats.layout, *_sizes(stats)]
-    line = f'<div class="ol-facts">{_pill(state, kind)}<span>{escape(", ".join(facts))}</span></div>'
+    given_up = _pill(f"given up: {', '.join(stats.degraded)}", "warn") if stats.degraded else ""
+    line = f'<div class="ol-facts">{_pill(state, kind)}<span>{escape(", ".join(facts))}</span>{given_up}</div>'
     return f'{line}<div class="ol-tiles ol-four">{"".join(tiles)}</div>'
 
 
