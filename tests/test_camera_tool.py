@@ -142,9 +142,10 @@ def test_a_camera_ends_by_itself_after_the_time_it_was_given(address: str) -> No
     assert ended.json["sent"] >= 1
 
 
-def test_an_address_where_nobody_is_is_an_error_with_a_reason() -> None:
+def test_an_address_where_nobody_is_is_an_error_with_a_reason_and_no_stream() -> None:
     with FakeEngine() as engine, running_node(engine) as node:
         ended = onlooker("camera", "http://127.0.0.1:9/live", *endpoint_flags(node, "frames", "control"))
+        assert engine.streams() == ["front"]
     assert ended.status == 1
     assert "http://127.0.0.1:9/live: PyAV cannot open it: Connection refused" in ended.err
 

@@ -8,6 +8,7 @@ A source that drops is opened again, after a pause that grows. The time on a fra
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -146,8 +147,11 @@ def camera(
     )
     stop = threading.Event()
     console = Console(stderr=True)
-    source_of = Camera(video_opener(source, reader), stop, say=lambda text: console.print(f"{source}: {text}"), fps=fps)
-    with link.open([stream]) as (_, (publisher,)), ending_on_signal(stop):
+    reopen = video_opener(source, reader)
+    # Open before anything is asked of the node: a camera that is not there leaves no stream behind.
+    with reopen() as first, link.open([stream]) as (_, (publisher,)), ending_on_signal(stop):
+        openings = itertools.chain([first], iter(reopen, None))
+        source_of = Camera(openings.__next__, stop, say=lambda text: console.print(f"{source}: {text}"), fps=fps)
         feed = Feed(publisher, encoding, jpeg_quality=jpeg_quality, fps=fps)
         started = time.monotonic()
         _film(source_of, feed, duration, console)
