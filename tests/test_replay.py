@@ -19,6 +19,7 @@ from onlooker.node.node import Node
 from onlooker.protocol.camera import FramePublisher
 from onlooker.protocol.client import NodeClient
 from onlooker.protocol.messages import FrameCounters
+from onlooker.tools import playback
 from onlooker.tools.playback import Account, Arrivals, Playback, PlaybackOptions
 from onlooker.tools.replay import UnheardError, stream_names, stream_slug
 from onlooker.tools.video import open_video
@@ -108,6 +109,13 @@ def test_frames_that_a_full_memory_refused_are_lost_and_what_to_do_is_said(clip:
     assert ended.status == 1
     assert "memory_full 4; make room with `onlooker reset front`" in ended.err
     assert ended.json["streams"][0]["node"]["dropped"] == {"memory_full": 4}
+
+
+def test_a_replay_of_which_nothing_is_remembered_is_an_error_at_any_pace(clip: Path) -> None:
+    with FakeEngine(capacity_tokens=8) as engine, running_node(engine) as node:
+        ended = replay(node, clip, "--rate", 20)
+    assert ended.status == 1
+    assert "memory_full 12; make room with `onlooker reset front`" in ended.err
 
 
 def test_frames_left_out_on_purpose_are_no_loss(clip: Path, engine: FakeEngine) -> None:
@@ -321,7 +329,7 @@ def test_a_node_that_dies_ends_in_a_summary_and_an_error(
 ) -> None:
     with running_node(engine) as node:
         ends = endpoint_flags(node, "frames", "control")
-        command = start_onlooker("replay", clip, "--loops", 3, "--rate", 2, "--timeout", 1, *flags, *ends)
+        command = start_onlooker("replay", clip, "--loops", 3, "--rate", 4, "--timeout", 1, *flags, *ends)
         until(lambda: engine.pictures("front"), 20)
     with command:
         out, err = command.communicate(timeout=20)
@@ -345,7 +353,8 @@ def test_a_playback_counts_the_frames_that_nobody_listened_to(clip: Path) -> Non
         assert "no node listened to 12 of the 12 frames" in str(UnheardError("front", playback.position))
 
 
-def test_an_account_knows_whether_its_node_is_there(engine: FakeEngine) -> None:
+def test_an_account_knows_whether_its_node_is_there(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(playback, "PROBE_TIMEOUT_S", 0.2)
     with running_node(engine) as node:
         client = NodeClient(node.endpoints["ask"], node.endpoints["control"])
         publisher = FramePublisher("front", connect=node.endpoints["frames"])

@@ -108,6 +108,11 @@ class Arrivals(msgspec.Struct, frozen=True, kw_only=True):
         lost = {reason: num for reason, num in self.dropped.items() if reason not in on_purpose}
         return lost | {"never_arrived": self.gaps} if self.gaps else lost
 
+    @property
+    def is_all_lost(self) -> bool:
+        """Whether frames were meant for the memory, and not one of them is there or on its way."""
+        return bool(self.lost) and self.encoded == self.pending == 0
+
 
 class Account:
     """Follows the frames of one publisher's session through the node's counters.

@@ -62,7 +62,7 @@ SESSION_PARAMETERS = frozenset(
 
 
 class LostFramesError(OnlookerError):
-    """A lossless replay lost frames."""
+    """A replay lost all its frames, or a lossless one some."""
 
     def __init__(self, stream: str, lost: dict[str, int]) -> None:
         message = f"stream {stream} lost frames on the way into the memory: {reasons_text(lost)}"
@@ -299,7 +299,8 @@ def _arrivals_text(node: Arrivals, num_sent: int) -> str:
 
 
 def _errors(results: Sequence[Result], is_lossless: bool) -> list[OnlookerError]:
-    """What went wrong; frames that a lossless replay lost are that, too."""
+    """What went wrong; frames that a lossless replay lost are that too, and any replay of which nothing is left."""
     errors = [result.error for result in results if result.error]
     nodes = [(each.stream, each.node) for each in (result.played for result in results) if each and each.node]
-    return errors + [LostFramesError(stream, node.lost) for stream, node in nodes if is_lossless and node.lost]
+    lost = [(stream, node.lost) for stream, node in nodes if node.is_all_lost or (is_lossless and node.lost)]
+    return errors + [LostFramesError(stream, reasons) for stream, reasons in lost]
