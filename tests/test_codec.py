@@ -301,7 +301,7 @@ def messages_like(originals: list[list[bytes]]) -> st.SearchStrategy[list[bytes]
     return whole | st.lists(st.binary(max_size=12), max_size=5)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(messages_like(VALID_FRAMES))
 def test_no_bytes_make_the_decoding_of_a_frame_fail_in_another_way(parts: list[bytes]) -> None:
     try:
@@ -315,7 +315,7 @@ def test_no_bytes_make_the_decoding_of_a_frame_fail_in_another_way(parts: list[b
         assert len(frame.payload) >= frame.header.w * messages.RAW_CHANNELS[frame.header.enc]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(bodies(VALID_BODIES))
 def test_no_bytes_make_the_decoding_of_a_request_fail_in_another_way(body: bytes) -> None:
     try:
@@ -333,7 +333,7 @@ def _bounds_hold(data: msgspec.Struct) -> None:
         assert math.isfinite(data.top_p)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(bodies(VALID_BODIES))
 def test_no_bytes_make_the_decoding_of_a_reply_fail_in_another_way(body: bytes) -> None:
     try:
@@ -344,7 +344,7 @@ def test_no_bytes_make_the_decoding_of_a_reply_fail_in_another_way(body: bytes) 
         pass
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(messages_like(VALID_TELEMETRY))
 def test_no_bytes_make_the_decoding_of_telemetry_fail_in_another_way(parts: list[bytes]) -> None:
     try:

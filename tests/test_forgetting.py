@@ -556,5 +556,5 @@ def test_in_any_order_ledger_and_arena_agree_and_no_reader_sees_a_change(model: 
 
     OnOurModel.model = FewPositions(model)
     case = OnOurModel.TestCase
-    case.settings = settings(max_examples=16, stateful_step_count=20, deadline=None)
+    case.settings = settings(max_examples=10, stateful_step_count=20, deadline=None)
     case().runTest()

@@ -27,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nodes import FREE_PORTS, RawClient, packed, remember, running_node
 
+from onlooker.node import node as node_module
 from onlooker.node.__main__ import main
 from onlooker.node.config import load
 from onlooker.node.node import EngineFailedError, Node, StartError
@@ -125,7 +126,7 @@ def test_the_client_hears_of_a_killed_node_in_time_and_its_next_call_works(tmp_p
     with NodeClient(endpoints["endpoints.ask"], endpoints["endpoints.control"]) as client:
         with node_process(*flags(endpoints), word_s=5.0) as node, ThreadPoolExecutor(1) as pool:
             client.wait_ready(20)
-            asked = pool.submit(client.ask, "front", QUESTION["question"], timeout_s=2.0)
+            asked = pool.submit(client.ask, "front", QUESTION["question"], timeout_s=0.7)
             until(lambda: client.status().questions.received)
             node.end(signal.SIGKILL)
             with pytest.raises(NoReplyError):
@@ -319,7 +320,8 @@ class StuckEngine(FakeEngine):
         return super().marks(stream)
 
 
-def test_closing_is_bounded_though_a_thread_is_stuck(caplog: pytest.LogCaptureFixture):
+def test_closing_is_bounded_though_a_thread_is_stuck(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(node_module, "CONTEXT_END_S", 0.3)
     before = set(threading.enumerate())
     engine = StuckEngine()
     with (
