@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..protocol.errors import ErrorCode, NodeError
@@ -10,18 +11,30 @@ from .options import StreamOptions
 MEMORY_FACTS = Path("/proc/meminfo")
 
 
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What a stream has, of what it asked for."""
+
+    options: StreamOptions
+    num_bytes: int
+
+    @property
+    def spare_bytes(self) -> int:
+        """That it can do without: what a stream never forgets it needs."""
+        return self.num_bytes - self.options.guaranteed_bytes if self.options.policy.forgets else 0
+
+
 class Allotment:
     """Counts streams and the bytes of their memories against their limits; None is no limit. For any thread.
 
-    What a stream was given it keeps. `promised` are the least bytes of streams that are to come, by name: they are
-    kept for them until they have come.
+    `promised` are the least bytes of streams that are to come, by name: they are kept for them until they have come.
     """
 
     def __init__(self, max_streams: int, max_memory_bytes: int | None, promised: Mapping[str, int] | None = None):
         self._max_streams = max_streams
         self._max_memory_bytes = max_memory_bytes
         self._promised = dict(promised or {})
-        self._taken: dict[str, int] = {}
+        self._taken: dict[str, _Share] = {}
         self._lock = threading.Lock()
 
     def take(self, options: StreamOptions) -> int:
@@ -34,7 +47,7 @@ class Allotment:
                 raise NodeError(ErrorCode.STREAM_EXISTS, f"there is a stream {options.name} already")
             self._check_number()
             num_bytes = self._granted(options)
-            self._taken[options.name] = num_bytes
+            self._taken[options.name] = _Share(options, num_bytes)
             self._promised.pop(options.name, None)
             return num_bytes
 
@@ -46,8 +59,7 @@ class Allotment:
     def _granted(self, options: StreamOptions) -> int:
         if self._max_memory_bytes is None:
             return options.memory_bytes
-        taken_bytes = sum(self._taken.values())
-        promised_bytes = sum(num for name, num in self._promised.items() if name != options.name)
+        taken_bytes, promised_bytes = self._taken_bytes, self._promised_bytes(options.name)
         left_bytes = max(0, self._max_memory_bytes - taken_bytes - promised_bytes)
         if left_bytes >= options.guaranteed_bytes:
             return min(options.memory_bytes, left_bytes)
@@ -67,10 +79,52 @@ class Allotment:
             },
         )
 
-    def keep(self, stream: str, num_bytes: int) -> None:
-        """A stream has taken so many bytes, less than it might have."""
+    @property
+    def _taken_bytes(self) -> int:
+        return sum(share.num_bytes for share in self._taken.values())
+
+    def _promised_bytes(self, to_others_than: str = "") -> int:
+        return sum(num for name, num in self._promised.items() if name != to_others_than)
+
+    def ceded(self, options: StreamOptions) -> dict[str, int]:
+        """With how many bytes other streams must go on, so that the least of this one is left.
+
+        The largest spares are taken first. Nobody cedes anything for a stream that will be refused even so.
+        """
         with self._lock:
-            self._taken[stream] = num_bytes
+            if self._max_memory_bytes is None or len(self._taken) >= self._max_streams or options.name in self._taken:
+                return {}
+            others_bytes = self._taken_bytes + self._promised_bytes(options.name)
+            missing = options.guaranteed_bytes + others_bytes - self._max_memory_bytes
+            shares = sorted(self._taken.items(), key=lambda share: share[1].spare_bytes, reverse=True)
+            if missing > sum(share.spare_bytes for _, share in shares):
+                return {}
+            ceded = {}
+            for name, share in shares:
+                if missing > 0:
+                    ceded[name] = share.num_bytes - min(missing, share.spare_bytes)
+                    missing -= share.spare_bytes
+            return ceded
+
+    def regained(self) -> dict[str, int]:
+        """With how many bytes streams can go on that have less than they asked for and may cede it again, in order."""
+        with self._lock:
+            if self._max_memory_bytes is None:
+                return {}
+            left_bytes = self._max_memory_bytes - self._taken_bytes - self._promised_bytes()
+            regained = {}
+            for name, share in self._taken.items():
+                more = min(left_bytes, share.options.memory_bytes - share.num_bytes)
+                if more > 0 and share.options.policy.forgets:
+                    regained[name] = share.num_bytes + more
+                    left_bytes -= more
+            return regained
+
+    def keep(self, stream: str, num_bytes: int) -> None:
+        """A stream has so many bytes from now on."""
+        with self._lock:
+            if stream in self._taken:
+                self._taken[stream] = replace(self._taken[stream], num_bytes=num_bytes)
 
     def give_back(self, stream: str) -> None:
         """A stream is gone, or could not be added."""

@@ -120,6 +120,12 @@ class Arena:
                     torch.index_select(tensor, 0, some, out=staged)
                     tensor[to + first : to + first + len(some)].copy_(staged)
 
+    @torch.inference_mode()
+    def take(self, other: "Arena", rows: np.ndarray) -> None:
+        """Copy rows (n,), int64, of another arena of this shape to the first n here."""
+        for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
+            torch.index_select(theirs, 0, torch.from_numpy(rows).to(theirs.device), out=mine[: len(rows)])
+
     def _moves(self, rows: np.ndarray, num_staged: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Where rows come from, and the stage that they go through."""
         shape = self.shape

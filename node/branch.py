@@ -84,7 +84,7 @@ class Branch:
     @property
     def reads(self) -> list[Extent]:
         """All rows of the memory that it sees."""
-        return [self.memory.extent(self.snapshot), *self.reading.aside]
+        return self.reading.extents
 
     def prefill(self, span: Span) -> Tensor:
         """Append a span to the branch; returns the logits (vocabulary,) of the token after it.
@@ -107,7 +107,7 @@ class Branch:
         if steps is None or span.visual.any() or self.reading.aside:
             return None
         positions = span.positions[0].tolist()  # text has one position on all axes
-        memory, own = self.memory.extent(self.snapshot), self.own
+        memory, own = self.reading.extent, self.own
         rows = [
             Row(token, position, memory, own._replace(stop=own.stop + number + 1))
             for number, (token, position) in enumerate(zip(span.ids.tolist(), positions, strict=True))
@@ -146,7 +146,7 @@ class Branch:
         position = self.next_position
         self.num_own += 1
         self.next_position += 1
-        return Row(token, position, self.memory.extent(self.snapshot), self.own, self.reading.aside)
+        return Row(token, position, self.reading.extent, self.own, self.reading.aside)
 
     @property
     def steps(self) -> Steps | None:

@@ -242,7 +242,7 @@ class StreamDefaults(_Section):
     )
     min_memory_bytes: Bytes | None = Field(
         default=None,
-        description="the least that will do where others leave less; without it, not less than memory_bytes",
+        description="the least that will do where others need the rest; without it, not less than memory_bytes",
         examples=["256MiB"],
     )
     retention: RetentionName = Field(

@@ -1,6 +1,7 @@
 """The endpoints of the control socket: what is watched, forgotten, named and ended."""
 
-from collections.abc import Callable, Generator
+import logging
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,8 @@ from .options import StreamOptions
 from .requests import Call, Endpoint, Steps
 from .state import NodeState
 from .telemetry import Announce
+
+logger = logging.getLogger(__name__)
 
 
 class Control:
@@ -148,13 +151,16 @@ class Control:
         return self.remove_stream(call.data.stream)
 
     def add_stream(self, options: StreamOptions) -> Steps[StreamAdded]:
-        """Reserve a stream's memory, then take in its frames; all or nothing."""
+        """Reserve a stream's memory, which others may have to cede, then take in its frames; all or nothing."""
         allotment = self._state.allotment
+        yield from self._resize(allotment.ceded(options))
         granted = replace(options, min_memory_bytes=options.guaranteed_bytes, memory_bytes=allotment.take(options))
         try:
             forecast = yield from self._begin_stream(granted)
-        except BaseException:
+        except BaseException as error:
             allotment.give_back(options.name)
+            if isinstance(error, NodeError):
+                yield from self._resize(allotment.regained())
             raise
         allotment.keep(options.name, forecast.memory_bytes)
         self._degradation.add(options)
@@ -188,7 +194,20 @@ class Control:
         yield self._state.engine.remove_stream(stream)
         self._state.allotment.give_back(stream)
         self._announce("stream_removed", "the stream and its memory are gone", stream=stream)
+        yield from self._resize(self._state.allotment.regained())
         return Empty()
+
+    def _resize(self, sizes: Mapping[str, int]) -> Generator[Future[Any], Any, None]:
+        """Have streams go on with memories of so many bytes; one that cannot keeps what it has."""
+        for stream, num_bytes in sizes.items():
+            try:
+                forecast = yield self._state.engine.resize(stream, num_bytes)
+            except NodeError as error:
+                logger.warning("stream %s cannot go on with %d bytes: %s", stream, num_bytes, error)
+                continue
+            self._state.allotment.keep(stream, num_bytes)
+            details = {"memory_bytes": num_bytes, "capacity_tokens": forecast.capacity_tokens}
+            self._announce("stream_resized", f"its memory has {num_bytes} bytes from now on", stream=stream, **details)
 
 
 def _result(work: Callable[[], Future[Any]]) -> Steps[Any]:

@@ -5,6 +5,7 @@ of the answering side. Between two layers of a chunk questions are taken in, beg
 verb waits until the chunk is in the memory or refused. Whatever fails ends the work it failed for, never the thread.
 """
 
+import dataclasses
 import logging
 import queue
 import threading
@@ -291,6 +292,9 @@ class Engine:
     def adjust(self, stream: str, options: StreamOptions) -> Future[None]:
         return self._call(lambda: self._adjust(stream, options))
 
+    def resize(self, stream: str, memory_bytes: int) -> Future[Forecast]:
+        return self._call(lambda: self._resize(stream, memory_bytes))
+
     def encode(self, stream: str, chunk: Chunk) -> Future[Encoded]:
         future: Future[Encoded] = Future()
         stopped = ChunkRefused("removed", _STOPPED)
@@ -517,6 +521,17 @@ class Engine:
     def _adjust(self, stream: str, options: StreamOptions) -> None:
         self._memory(stream).adjust(options)
         self._note(stream)
+
+    def _resize(self, stream: str, memory_bytes: int) -> Forecast:
+        memory = self._memory(stream)
+        options = dataclasses.replace(memory.options, memory_bytes=memory_bytes, min_memory_bytes=None)
+        foretold = forecast(self._model, within_room(options, self._room()))
+        try:
+            memory.resize(memory_bytes)
+        except (MemoryError, ValueError) as error:
+            raise NodeError(ErrorCode.OUT_OF_MEMORY, str(error)) from error
+        self._note(stream)
+        return foretold
 
     def _rollback(self, stream: str, name: str) -> CacheInfo:
         memory = self._memory(stream)

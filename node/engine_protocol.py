@@ -81,6 +81,14 @@ class EngineProtocol(Protocol):
         """
         ...
 
+    def resize(self, stream: str, memory_bytes: int) -> Future[Forecast]:
+        """Go on with a memory of other bytes, and forget at once what they do not hold; running questions go on.
+
+        Fails with NodeError UNKNOWN_STREAM, TOO_LARGE (not one chunk fits), or OUT_OF_MEMORY: the device has too
+        little, or they do not hold what the stream never forgets. Then nothing has changed.
+        """
+        ...
+
     def encode(self, stream: str, chunk: Chunk) -> Future[Encoded]:
         """Append a chunk to a stream's memory. Chunks of one stream are encoded in the order given.
 

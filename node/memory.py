@@ -78,10 +78,36 @@ class StreamMemory:
         """
         if options.drop != self.options.drop:
             self._drop = _token_drop(options)
-        self.options, self._retention = options, options.policy
+        self.options = replace(options, memory_bytes=self.options.memory_bytes)
+        self._retention = options.policy
         whole = self._retention.max_tokens(self._arena.capacity)
         least = self.now.num_anchor + _LEAST_CHUNKS * self.ledger.num_newest_tokens
         self._max_tokens = min(whole, max(int(whole * options.memory_share), least))
+
+    def resize(self, memory_bytes: int) -> None:
+        """Go on in other storage, with what it holds of this; who reads goes on reading the old one, which goes then.
+
+        Raises MemoryError if it can't be had, ValueError if it is too small for what is not to be forgotten.
+        """
+        model, records, num_before = self.model, self.ledger.records, self.now.num_frames
+        arena = _reserve(model, memory_bytes // model.kv_shape.bytes_per_token)
+        max_tokens, keep = self._retention.max_tokens(arena.capacity), list(range(len(records)))
+        if self.now.num_tokens > max_tokens:
+            keep = self._retention.keep(records, max(0, max_tokens - self.now.num_anchor))
+        starts_over = self._retention.starts_over and len(keep) < len(records)
+        rows = np.arange(0) if starts_over else _rows([records[place] for place in keep], self.now.num_anchor)
+        if len(rows) > max_tokens:
+            raise ValueError(f"of the {len(rows)} tokens of the memory {max_tokens} fit into {memory_bytes} bytes")
+        arena.take(self._arena, rows)
+        self._arena, self._readings = arena, []
+        if starts_over:
+            self.ledger.start_over()
+        else:
+            self.ledger.forget(keep)
+        self._retain_kept()
+        self._num_forgotten_frames += num_before - self.now.num_frames
+        self._is_full, self.options = False, replace(self.options, memory_bytes=memory_bytes)
+        self.adjust(self.options)
 
     @property
     def now(self) -> Snapshot:
@@ -97,12 +123,13 @@ class StreamMemory:
         """Keep the rows of a snapshot until `end_reading`."""
         rows = sampled(snapshot.num_tokens)
         records = self.ledger.records[: snapshot.num_chunks]
-        reading = Reading(snapshot, rows, self._arena.fingerprint(rows), records)
+        reading = Reading(self._arena, snapshot, rows, self._arena.fingerprint(rows), records)
         self._readings.append(reading)
         return reading
 
     def end_reading(self, reading: Reading) -> None:
-        self._readings.remove(reading)
+        if reading.arena is self._arena:
+            self._readings.remove(reading)
 
     @property
     def is_read(self) -> bool:
@@ -110,7 +137,7 @@ class StreamMemory:
 
     def fingerprint(self, reading: Reading) -> str:
         """A digest over its sampled rows as they are now; see `Arena.fingerprint`."""
-        return self._arena.fingerprint(reading.sampled)
+        return reading.arena.fingerprint(reading.sampled)
 
     # Growing
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arena import Extent
+from .arena import Arena, Extent
 from .ledger import ChunkRecord, Snapshot
 
 
@@ -15,11 +15,22 @@ class Reading:
     What the memory forgets of them is put aside, above its own rows, until the reading is over. No row changes a bit.
     """
 
+    arena: Arena
     snapshot: Snapshot  # what is left of the one that the reading began with
     sampled: np.ndarray  # rows of the fingerprint
     fingerprint: str  # of them when the reading began
     records: tuple[ChunkRecord, ...]  # that it held then
     aside: tuple[Extent, ...] = ()
+
+    @property
+    def extents(self) -> list[Extent]:
+        """All rows that are read."""
+        return [self.extent, *self.aside]
+
+    @property
+    def extent(self) -> Extent:
+        """Those that are not aside."""
+        return self.arena.extent(0, self.snapshot.num_tokens)
 
     def move(self, places: np.ndarray, gone: np.ndarray, aside: Extent, left: Snapshot) -> None:
         """Follow rows to their new places.

@@ -27,7 +27,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from onlooker.node.chunk import Chunk, ChunkRefused, Encoded, Picture, Unchanged
@@ -157,6 +157,11 @@ class FakeEngine:
         """The real pictures in a stream's memory, oldest first."""
         return [picture for chunk in self.chunks(stream) for picture in chunk.pictures[: chunk.num_frames]]
 
+    def options(self, stream: str) -> StreamOptions:
+        """Of a stream, with the memory that it has now."""
+        with self._wake:
+            return self._memories[stream].options
+
     @property
     def num_waiting(self) -> int:
         """Pieces of work that have not ended."""
@@ -184,6 +189,15 @@ class FakeEngine:
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def resize(self, stream: str, memory_bytes: int) -> Future[Forecast]:
+        def steps() -> Generator[None, None, Forecast]:
+            memory = self._memory(stream)
+            memory.options = replace(memory.options, memory_bytes=memory_bytes)
+            yield from ()
+            return self._forecast(memory.options)
+
+        return self._submit(stream, steps())
 
     def remove_stream(self, stream: str) -> Future[None]:
         def steps() -> Iterator[None]:

@@ -14,7 +14,8 @@ from nodes import RawClient, remember, running_node
 from onlooker.node.node import ENGINE_CHECK_S, Node
 from onlooker.protocol.codec import encode_frame
 from onlooker.protocol.endpoints import ENDPOINTS
-from onlooker.protocol.messages import FrameHeader
+from onlooker.protocol.messages import Event, FrameHeader
+from onlooker.protocol.telemetry import TelemetrySubscriber
 
 FRONT = {"stream": "front"}
 
@@ -255,6 +256,30 @@ def test_a_stream_that_can_do_with_less_gets_what_is_left_and_is_told_how_much(e
         assert added["forecast"]["memory_bytes"] == 1 << 20
         client.ok("stream_remove", {"stream": "front"})
         assert client.ok("stream_add", {"stream": "c"})["forecast"]["memory_bytes"] == 2 << 20
+
+
+def test_a_stream_cedes_what_it_has_beyond_its_least_to_another_one_and_takes_it_up_again(engine: FakeEngine):
+    limits = {"limits__max_memory_bytes": "3MiB", "stream_defaults__memory_bytes": "3MiB"}
+    limits |= {"stream_defaults__min_memory_bytes": "1MiB", "stream_defaults__retention": "window"}
+    with running_node(engine, **limits) as node, RawClient(node.endpoints["control"]) as client:
+
+        def sizes() -> dict[str, int]:
+            return {name: engine.options(name).memory_bytes >> 20 for name in engine.streams()}
+
+        with TelemetrySubscriber(node.endpoints["telemetry"], kinds=["hello", "event"]) as watcher:
+            assert watcher.receive(5)
+            added = client.ok("stream_add", {"stream": "b", "min_memory_bytes": 2 << 20})
+            assert added["forecast"]["memory_bytes"] == 2 << 20 and sizes() == {"front": 1, "b": 2}
+            assert client.error("stream_add", {"stream": "c"})["code"] == "OUT_OF_MEMORY"
+            assert client.error("stream_add", {"stream": "c", "memory_bytes": 1, "connect": "tcp://*:5"})
+            assert sizes() == {"front": 1, "b": 2}
+            client.ok("stream_remove", {"stream": "b"})
+            assert sizes() == {"front": 3}
+            told = []
+            while (message := watcher.receive(0.1)) is not None:
+                if isinstance(message.record, Event) and message.record.kind == "stream_resized":
+                    told.append((message.record.stream, message.record.details["memory_bytes"] >> 20))
+            assert told == [("front", 1), ("front", 3)]
 
 
 def test_on_the_cpu_a_stream_larger_than_the_machine_is_refused(engine: FakeEngine, client: RawClient):

@@ -166,6 +166,27 @@ def test_neither_chunks_nor_new_questions_wait_for_an_answer_that_reads_what_is_
     assert order[-1] == "running"
 
 
+def test_a_question_goes_on_with_what_it_reads_while_its_stream_gets_less_room(engine: Engine, model: DirectedModel):
+    add(engine, model, "window", 400)
+    encode(engine, range(0, 100, 2))
+    alone = ask(engine, 30).result(WAIT_S)
+    model.hold()
+    running = ask(engine, 30)
+    model.wait_until_held()
+    resized, late = engine.resize("front", 120 * model.kv_shape.bytes_per_token), ask(engine, 2)
+    model.let_go()
+    assert resized.result(WAIT_S).memory_bytes == engine.cache_info("front").resident_bytes < 400 * 768
+    assert running.result(WAIT_S).text == alone.text and running.result().memory.unchanged
+    assert running.result().memory.num_tokens > engine.cache_info("front").num_tokens
+    assert late.result(WAIT_S).memory.unchanged
+    with pytest.raises(NodeError, match="TOO_LARGE"):
+        engine.resize("front", model.kv_shape.bytes_per_token).result(WAIT_S)
+    with pytest.raises(NodeError, match="UNKNOWN_STREAM"):
+        engine.resize("back", 1 << 20).result(WAIT_S)
+    encode(engine, range(100, 140, 2))
+    assert engine.question_counters().traces == 0
+
+
 def test_new_questions_wait_for_a_chunk_that_waits_for_answers(engine: Engine, model: DirectedModel):
     add(engine, model, "reset", 160)
     seq = fill(engine)

@@ -377,6 +377,59 @@ def test_keys_do_not_rotate_under_a_reader(model: DirectedModel):
     assert not stream.must_wait(chunk(1000))
 
 
+# Another size
+
+
+@pytest.mark.parametrize("retention", FORGETFUL)
+def test_a_memory_with_less_room_is_what_is_left_of_it_bit_for_bit_and_its_readers_notice_nothing(
+    model: DirectedModel, retention: str
+):
+    stream = memory(model, retention, 200)
+    for i in range(60):
+        stream.append(chunk(2 * i))
+    reader = Branch(model, stream, stream.now, Scratch(model.kv_shape, 1, 64))
+    read, before, bits = read_by(reader), stream.ledger.records, rows(stream)
+    stream.resize(100 * model.kv_shape.bytes_per_token)
+    info = stream.info()
+    assert info.resident_bytes == 100 * model.kv_shape.bytes_per_token and not stream.is_read
+    assert info.num_tokens <= info.capacity_tokens < 100 and info.num_frames + info.num_forgotten_frames == 120
+    left = [record for record in before if record.number in numbers(stream)]
+    assert 1 < len(left) < len(before) and left[-1] is before[-1]
+    places = [i for r in left for i in range(r.first_token, r.first_token + r.num_tokens)]
+    kept = [*range(stream.now.num_anchor), *places]
+    assert are_equal(rows(stream), [tensor[kept] for tensor in bits])
+    stream.append(chunk(120))
+    assert read_by(reader) == read and stream.fingerprint(reader.reading) == reader.reading.fingerprint
+    reader.close()
+    assert numbers(stream)[-1] == 60
+
+
+def test_a_memory_with_more_room_has_all_that_it_had(model: DirectedModel):
+    stream, never = memory(model, "window", 100), memory(model, "window", 100)
+    for i in range(30):
+        stream.append(chunk(2 * i))
+        never.append(chunk(2 * i))
+    stream.resize(200 * model.kv_shape.bytes_per_token)
+    assert stream.now == never.now and are_equal(rows(stream), rows(never))
+    for i in range(30, 40):
+        stream.append(chunk(2 * i))
+    assert stream.info().num_forgotten_frames == never.info().num_forgotten_frames
+
+
+def test_what_is_never_forgotten_needs_its_room_and_goes_on_with_more(model: DirectedModel):
+    stream = memory(model, "stop", 100)
+    with pytest.raises(ChunkRefused):
+        for i in range(60):
+            stream.append(chunk(2 * i))
+    before, bits = stream.info(), rows(stream)
+    with pytest.raises(ValueError, match="fit into"):
+        stream.resize(90 * model.kv_shape.bytes_per_token)
+    assert stream.info() == before and are_equal(rows(stream), bits)
+    stream.resize(120 * model.kv_shape.bytes_per_token)
+    assert not stream.info().full
+    stream.append(chunk(200))
+
+
 # In any order
 
 
@@ -485,6 +538,16 @@ class ForgettingKeepsItsPromises(RuleBasedStateMachine):
             self.seen = self.marks[name]
             self.marks = {n: seen for n, seen in self.marks.items() if seen <= self.seen}
 
+    @rule(num_tokens=st.sampled_from([120, 200, 260]))
+    def resize(self, num_tokens: int) -> None:
+        frames = self.stream.now.num_frames
+        try:
+            self.stream.resize(num_tokens * self.model.kv_shape.bytes_per_token)
+        except ValueError:
+            assert self.stream.options.retention == "stop"
+        if self.stream.options.retention == "reset" and self.stream.now.num_frames < frames:
+            self.marks.clear()
+
     @precondition(lambda self: self.seen > 80)
     @rule()
     def reset(self) -> None:
@@ -525,8 +588,9 @@ class ForgettingKeepsItsPromises(RuleBasedStateMachine):
             info = self.stream.info()
             assert info.positions_used <= self.model.max_positions
             assert info.resident_bytes <= self.stream.options.memory_bytes
-            top = min((extent.start for branch, _ in self.readers for extent in branch.reading.aside), default=260)
-            assert info.num_tokens <= top
+            arena = self.stream.extent(self.stream.now).arena
+            aside = [extent for branch, _ in self.readers for extent in branch.reading.aside]
+            assert info.num_tokens <= min((e.start for e in aside if e.arena is arena), default=arena.capacity)
 
     @invariant()
     def every_frame_is_in_the_memory_or_forgotten(self) -> None:

@@ -28,6 +28,7 @@ DROPPED = tuple(DropReason)[5:]
 EVENT_KINDS = (
     *("stream_added", "stream_removed", "stream_waiting", "stream_online", "stream_offline", "stream_paused"),
     *(
+        "stream_resized",
         "stream_ended",
         "memory_full",
         "degraded",
