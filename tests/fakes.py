@@ -30,12 +30,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from msgspec import UNSET
+
 from onlooker.node.chunk import Chunk, ChunkRefused, Encoded, Picture, Unchanged
 from onlooker.node.engine_protocol import ModelInfo, Relieve
 from onlooker.node.options import StreamOptions
 from onlooker.protocol.errors import ErrorCode, NodeError
 from onlooker.protocol.messages import (
-    UNSET,
     Answer,
     AnswerTiming,
     Ask,

@@ -22,6 +22,7 @@ from onlooker.protocol.telemetry import TelemetrySubscriber
 
 WAIT_S = 30.0
 ALL = ["frame_rate", "gate", "drop", "encode_size"]
+OF_A_WINDOW = [*ALL, "thin", "newest"]
 NS = 1_000_000_000
 
 
@@ -106,8 +107,10 @@ def accounted(stats: StreamStats) -> bool:
 
 
 def test_lag_and_an_eaten_device_drive_a_stream_down_and_their_end_up_again(checkpoints: Checkpoints):
-    with scene(checkpoints, degrade__settle_s=0.2, degrade__recover_s=0.2) as watched:
-        full_size = watched.show().encoded_size
+    forgetting = {"stream_defaults__retention": "window", "stream_defaults__memory_bytes": "128KiB"}
+    with scene(checkpoints, degrade__settle_s=0.1, degrade__recover_s=0.1, **forgetting) as watched:
+        begun = watched.show()
+        full_size, num_tokens = begun.encoded_size, begun.cache.capacity_tokens
         num_answered = 0
 
         def ask() -> None:
@@ -119,15 +122,19 @@ def test_lag_and_an_eaten_device_drive_a_stream_down_and_their_end_up_again(chec
         watched.device.free_bytes = 1 << 20
         until(lambda: [watched.show(), ask(), watched.hear("degraded", "encode_size")][-1], WAIT_S)
         until(lambda: watched.show().encoded_size != full_size, WAIT_S)
+        until(lambda: [watched.show(age_s=9.0), ask(), watched.hear("degraded", "newest")][-1], WAIT_S)
+        until(lambda: watched.show(age_s=9.0).cache.num_tokens <= num_tokens / 2, WAIT_S)
+        assert watched.stats().degraded == OF_A_WINDOW
         watched.device.free_bytes = 8 << 30
         until(lambda: [watched.show(), ask(), watched.hear("restored", "frame_rate")][-1], WAIT_S)
         until(lambda: watched.show().encoded_size == full_size, WAIT_S)
         stats = watched.stats()
-        assert [event.details["rung"] for event in watched.steps] == [*ALL, *reversed(ALL)]
+        assert [event.details["rung"] for event in watched.steps] == [*OF_A_WINDOW, *reversed(OF_A_WINDOW)]
         reasons = [event.details["reason"] for event in watched.steps]
-        assert reasons[0] == "lag" and reasons[3] == "device_memory" and set(reasons[4:]) == {"recovered"}
+        assert (reasons[0], reasons[3:6], set(reasons[6:])) == ("lag", ["device_memory", "lag", "lag"], {"recovered"})
         assert watched.steps[0].details["lag_ms"] > 2000 and watched.steps[3].details["free_bytes"] == 1 << 20
-        assert accounted(stats) and stats.degraded == []
+        assert accounted(stats) and stats.degraded == [] and stats.cache.capacity_tokens == num_tokens
+        assert stats.frames.encoded == stats.cache.num_frames + stats.frames.forgotten > stats.cache.num_frames
         assert stats.frames.received == watched.num_sent and stats.frames.dropped["sampled_out"] > 0
         questions = watched.client.status().questions
         assert (questions.answered, questions.failed, questions.traces) == (num_answered, {}, 0)
