@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_OFTEN = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,16 +63,26 @@ class Recorder:
 
 
 class Recorded(Generic[T]):
-    """What was recorded for each of a few keys, at its first use; of more than `max_kept` keys the last used stay."""
+    """What was recorded for each of a few keys, at its first use.
+
+    Of more than `max_kept` keys, one that comes again and again takes the place of one that does not: to record takes
+    a second, so keys that come by turns must not drive each other out.
+    """
 
     def __init__(self, what: str, max_kept: int) -> None:
         self._what = what
         self._max_kept = max_kept
-        self._kept: OrderedDict[Hashable, T | None] = OrderedDict()
+        self._kept: OrderedDict[Hashable, T | None] = OrderedDict()  # the last used last
+        self._num_missed: Counter[Hashable] = Counter()  # uses without a place, since the first of `_kept` was used
 
     def get(self, key: Hashable, record: Callable[[], T]) -> T | None:
-        """What `record` makes for a key; None, with the reason in the log, where it fails: the work runs as it is."""
+        """What `record` makes for a key.
+
+        None where there is no place for it, or, with the reason in the log, where that fails: the work runs as it is.
+        """
         if key not in self._kept:
+            if len(self._kept) >= self._max_kept and not self._take_place(key):
+                return None
             try:
                 made = record()
             except Exception:
@@ -79,10 +91,20 @@ class Recorded(Generic[T]):
                 )
                 made = None
             self._kept[key] = made
-            while len(self._kept) > self._max_kept:
-                self._kept.popitem(last=False)
+        if key == next(iter(self._kept)):
+            self._num_missed.clear()
         self._kept.move_to_end(key)
         return self._kept[key]
+
+    def _take_place(self, key: Hashable) -> bool:
+        """Let go of the key that was used the longest ago, if this one has come often since."""
+        self._num_missed[key] += 1
+        if self._num_missed[key] < _OFTEN:
+            return False
+        self._kept.popitem(last=False)
+        self._num_missed.clear()
+        torch.cuda.empty_cache()  # the memory of a graph that is gone serves nobody before that
+        return True
 
 
 @contextmanager
