@@ -357,7 +357,7 @@ def _options(model: Any, setting: Setting) -> list[StreamOptions]:
         (replace(base, name="window"), 30),
         (replace(base, name="thin", retention="thin"), 60),
         (replace(base, name="still", chunk_frames=2, drop=0.95), 4),
-        (replace(base, name="visitor", chunk_frames=2, retention="reset"), 20),
+        (replace(base, name="visitor", retention="reset"), 20),
     ]
     return [replace(options, memory_bytes=_memory_bytes(model, options, setting, held_s)) for options, held_s in kinds]
 
@@ -437,6 +437,15 @@ def run(engine: WatchedEngine, watch: Watch, setting: Setting, tally: Tally, opt
         if camera is not None:
             camera.stop()
     tally.count("visits", visitor.num_visits)
+    until = time.monotonic() + DEADLINE_S
+    while any(_open(engine)) and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def _open(engine: Engine) -> tuple[int, int]:
+    """Questions that wait, and that are answered."""
+    counters = engine.question_counters()
+    return counters.waiting, counters.running
 
 
 def main() -> int:
