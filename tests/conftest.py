@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
     from checkpoints import Checkpoints
+    from one_pass import OnePass
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +18,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     from checkpoints import Checkpoints  # here, so that tests of the light side import no torch
 
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def one_pass(checkpoints: Checkpoints) -> Callable[[str], OnePass]:
+    """Each family's checkpoint in transformers' hands, loaded once."""
+    from one_pass import OnePass
+
+    return cache(lambda family: OnePass(checkpoints, family))

@@ -1,6 +1,5 @@
 import time
 from collections.abc import Callable
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -18,11 +17,6 @@ from onlooker.protocol.errors import NodeError
 from onlooker.protocol.messages import Answer, Ask
 
 QUESTION = "What do you see now? What did you see first?"
-
-
-@pytest.fixture(scope="session")
-def one_pass(checkpoints: Checkpoints) -> Callable[[str], OnePass]:
-    return cache(lambda family: OnePass(checkpoints, family))
 
 
 @pytest.fixture

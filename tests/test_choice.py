@@ -1,7 +1,6 @@
 import math
 import time
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 import pytest
@@ -20,11 +19,6 @@ from onlooker.protocol.messages import AskChoice, Choice
 
 QUESTION = "Which shape came first?"
 OPTIONS = ["a red circle", "red", "a red", "東京 🚲", "none of these, nothing at all"]
-
-
-@pytest.fixture(scope="session")
-def one_pass(checkpoints: Checkpoints) -> Callable[[str], OnePass]:
-    return cache(lambda family: OnePass(checkpoints, family))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Tokens that say nothing new are left out, the rest is exact, and nothing stands in for what the memory has lost."""
 
 import contextlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -103,20 +104,20 @@ def model(checkpoints: Checkpoints) -> DirectedModel:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_kept_answers_as_one_pass_over_it_at_its_own_positions(
-    checkpoints: Checkpoints, family: str, layout: str
+    checkpoints: Checkpoints, one_pass: Callable[[str], OnePass], family: str, layout: str
 ):
     model = checkpoints.model(family)
     stream = memory(model, layout=layout)
     chunks = [still(4 * i, moving=i % 4, factor=model.geometry.factor) for i in range(4)]
     encoded = [stream.append(chunk) for chunk in chunks]
-    one_pass = OnePass(checkpoints, family)
-    whole = one_pass.logits(one_pass.prompt(layout, chunks, QUESTION))[-1]
-    prompt, similarities = thinned(one_pass.prompt(layout, chunks, QUESTION), DROP, 6)
+    reference = one_pass(family)
+    whole = reference.logits(reference.prompt(layout, chunks, QUESTION))[-1]
+    prompt, similarities = thinned(reference.prompt(layout, chunks, QUESTION), DROP, 6)
     assert min(abs(s - DROP) for s in similarities) > 1e-4  # none is a matter of rounding
     assert stream.now.num_tokens == sum(len(span) for span in prompt.spans[:-1])
     assert 0 < sum(each.num_dropped_tokens for each in encoded) == stream.info().num_dropped_tokens < 4 * 12
     answered = next_logits(model, stream)
-    assert (answered - one_pass.logits(prompt)[-1]).abs().max() <= 1e-5
+    assert (answered - reference.logits(prompt)[-1]).abs().max() <= 1e-5
     assert (answered - whole).abs().max() > 1e-4  # what was dropped made a difference
 
 
