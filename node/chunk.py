@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..protocol.messages import TimeKind
+from ..protocol.messages import MemoryLimit, TimeKind
 
 CHUNK_FRAMES = (1, 2, 4, 6, 8)
 
@@ -83,8 +83,12 @@ class Unchanged(NamedTuple):
 
 
 class ChunkRefused(Exception):
-    """The memory did not take a chunk; nothing of it remains. `reason` is a drop reason of PROTOCOL.md."""
+    """The memory did not take a chunk; nothing of it remains. `reason` is a drop reason of PROTOCOL.md.
 
-    def __init__(self, reason: str, message: str) -> None:
+    `limit` is what a memory has no more of that is full by now.
+    """
+
+    def __init__(self, reason: str, message: str, limit: MemoryLimit | None = None) -> None:
         self.reason = reason
+        self.limit: MemoryLimit | None = limit
         super().__init__(message)

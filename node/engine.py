@@ -46,9 +46,8 @@ from .compilation import Compilation, CompileSetting, should_compile
 from .engine_protocol import ModelInfo, Relieve
 from .fairness import FairShare, Side
 from .forecast import forecast, within_room
-from .layout import Patches
 from .ledger import Snapshot
-from .memory import Addition, StreamMemory, append_together
+from .memory import Addition, Plan, StreamMemory, append_together
 from .model import VisionLanguageModel, load_model
 from .options import StreamOptions
 from .pieces import MAX_TOKENS
@@ -103,6 +102,7 @@ class _Due(NamedTuple):
 
     stream: str
     chunk: Chunk
+    plan: Plan | None
     upload: Upload | None
     future: Future[Encoded]
 
@@ -601,91 +601,87 @@ class Engine:
         """Encode the next chunk; streams take turns."""
         stream = self._next_stream()
         assert stream is not None, "no chunk can be encoded"
-        if self._memories[stream].must_wait(self._chunks[stream][0][0]):
+        plan = self._plan(stream)
+        if plan is not None and plan.must_wait:
             # The answers that run are done soon, and none begins before the chunk is encoded.
             self._pinned.add(stream)
             return
-        due = [self._due(name) for name in (stream, *self._companions(stream))]
+        due = [self._due(stream, plan), *(self._due(*each) for each in self._companions(stream, plan))]
         running = [each for each in due if each.future.set_running_or_notify_cancel()]
-        if len(running) < 2 or not self._encode_together(running):
-            for each in running:
-                self._encode(*each)
+        for each in self._encode_together(running):
+            self._encode(each)
         self._pinned.difference_update(each.stream for each in due)
 
-    def _due(self, stream: str) -> "_Due":
+    def _plan(self, stream: str) -> Plan | None:
+        return _plan(self._memories[stream], self._chunks[stream][0][0])
+
+    def _due(self, stream: str, plan: Plan | None) -> "_Due":
         """Take a stream's next chunk; the stream goes to the end of the line."""
         chunk, future = self._chunks[stream].popleft()
         self._chunks[stream] = self._chunks.pop(stream)
-        return _Due(stream, chunk, self._uploaded(chunk), future)
+        return _Due(stream, chunk, plan, self._uploaded(chunk), future)
 
-    def _companions(self, stream: str) -> list[str]:
+    def _companions(self, stream: str, plan: Plan | None) -> list[tuple[str, Plan]]:
         """Further streams whose next chunks are encoded with that of this one: of few sizes, each is a graph."""
         most = self._max_together
         if most is None:
             most = _MAX_TOGETHER if self._model.pieces is not None else 1
-        grid = self._grid_of(stream) if most > 1 else None
-        if grid is None:
+        if most == 1 or plan is None:
             return []
-        others = [name for name in self._chunks if name != stream and self._goes_with(name, grid)]
-        num = min(most, 1 + len(others), max(1, MAX_TOKENS // grid.num_tokens))
+        waiting = [name for name, chunks in self._chunks.items() if name != stream and chunks and not self._waits(name)]
+        others = [(name, its) for name in waiting if (its := self._plan(name)) is not None and its.goes_with(plan)]
+        num = min(most, 1 + len(others), max(1, MAX_TOKENS // plan.patches.num_tokens))
         return others[: (1 << num.bit_length() - 1) - 1]  # 1, 2, 4 chunks in all
 
-    def _goes_with(self, stream: str, grid: Patches) -> bool:
-        """Whether the next chunk of a stream can be encoded now, with one of this grid."""
-        if not self._chunks[stream] or self._waits(stream):
-            return False
-        its = self._grid_of(stream)
-        if its is None or (its.height, its.width, its.num_tokens) != (grid.height, grid.width, grid.num_tokens):
-            return False
-        return not self._memories[stream].must_wait(self._chunks[stream][0][0])
-
-    def _grid_of(self, stream: str) -> Patches | None:
-        return self._memories[stream].grid_of(self._chunks[stream][0][0])
-
-    def _encode_together(self, due: "Sequence[_Due]") -> bool:
-        """Encode chunks of several streams at once; False if that fails, for any of them."""
+    def _encode_together(self, due: "Sequence[_Due]") -> "Sequence[_Due]":
+        """Encode chunks of several streams at once; returns what is left for one by one, all if that fails."""
+        if len(due) < 2:
+            return due
         self._look_ahead()
-        additions = [Addition(self._memories[each.stream], each.chunk, each.upload) for each in due]
+        additions = [Addition(self._memories[each.stream], each.plan, each.upload) for each in due if each.plan]
         try:
             encoded = append_together(additions, partial(self._between, [each.stream for each in due]))
         except Exception:
             logger.info("chunks of %d streams are encoded one by one", len(due), exc_info=True)
-            return False
+            return [each._replace(plan=None) for each in due]  # one may have made room before it failed
         for each, outcome in zip(due, encoded, strict=True):
             self._note(each.stream)
             each.future.set_result(outcome)
-        return True
+        return []
 
-    def _encode(self, stream: str, chunk: Chunk, upload: Upload | None, future: Future[Encoded]) -> None:
+    def _encode(self, due: "_Due") -> None:
         outcome: Encoded | ChunkRefused
         try:
-            outcome = self._append(stream, chunk, upload)
+            outcome = self._append(due)
         except ChunkRefused as error:
             outcome = error
         except Exception as error:
-            logger.exception("a chunk of %s could not be encoded", stream)
+            logger.exception("a chunk of %s could not be encoded", due.stream)
             outcome = ChunkRefused("encode_error", f"{type(error).__name__}: {error}")
             outcome.__cause__ = error.with_traceback(None)  # its frames hold the activations that must go
-        self._note(stream)  # others may have been forgotten for it
+        self._note(due.stream)  # others may have been forgotten for it
         if isinstance(outcome, ChunkRefused):
-            future.set_exception(outcome)
+            due.future.set_exception(outcome)
         else:
-            future.set_result(outcome)
+            due.future.set_result(outcome)
 
-    def _append(self, stream: str, chunk: Chunk, upload: Upload | None) -> Encoded:
+    def _append(self, due: "_Due") -> Encoded:
         """Encode a chunk; one that the device has no memory for is tried once more if its stream can do with less."""
         self._look_ahead()
-        memory, between = self._memories[stream], partial(self._between, (stream,))
+        memory, between = self._memories[due.stream], partial(self._between, (due.stream,))
         try:
-            return memory.append(chunk, upload, between)
+            return memory.append(due.chunk, due.upload, between, due.plan)
         except ChunkRefused as error:
-            options = self.relieve(stream) if error.reason == "out_of_memory" else None
+            options = self.relieve(due.stream) if error.reason == "out_of_memory" else None
             if options is None:
                 raise
             memory.adjust(options)
-            if memory.must_wait(chunk):  # for questions that began meanwhile: smaller, it may have to forget
+            plan = _plan(memory, due.chunk)
+            if (
+                plan is not None and plan.must_wait
+            ):  # for questions that began meanwhile: smaller, it may have to forget
                 raise
-        return memory.append(chunk, None, between)
+        return memory.append(due.chunk, None, between, plan)
 
     def _look_ahead(self) -> None:
         """Have the next chunk's pictures uploaded while another one is encoded."""
@@ -863,6 +859,14 @@ def _use_device(device: torch.device) -> None:
     """Make a GPU the current one of this thread, for the calls that name none."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def _plan(memory: StreamMemory, chunk: Chunk) -> Plan | None:
+    """What a memory will do for a chunk; None where that fails, as it will again when the chunk is appended."""
+    try:
+        return memory.plan(chunk)
+    except Exception:
+        return None
 
 
 def _growing(question: _Question) -> GrowingAnswer:

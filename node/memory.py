@@ -37,6 +37,24 @@ _FREED_POSITIONS_SHARE = 4  # and of its positions a 4th at least: in bfloat16, 
 _LEAST_CHUNKS = 4  # that a memory of which a share may be used has room for
 
 
+class Plan(NamedTuple):
+    """What a chunk takes of a memory as it is now."""
+
+    chunk: Chunk
+    size: tuple[int, int]  # width and height as the model sees them
+    patches: Patches
+    span: Span  # its tokens; they stand elsewhere once others are forgotten
+    layout: LayoutState  # after it
+    must_forget: bool  # others, to make room
+    must_wait: bool  # it would be written to rows that somebody reads
+    is_alone: bool  # not encoded together with chunks of other memories
+
+    def goes_with(self, other: "Plan") -> bool:
+        """Whether it can be encoded now, together with the chunk of another memory."""
+        grids = {(each.height, each.width, each.num_tokens) for each in (self.patches, other.patches)}
+        return len(grids) == 1 and not (self.must_wait or self.is_alone or other.is_alone)
+
+
 class StreamMemory:
     """Grows by whole chunks. What lies below a length never changes until the memory is cut back or forgets.
 
@@ -61,8 +79,7 @@ class StreamMemory:
         self._retention = options.policy
         self._drop = _token_drop(options)
         self._shown: list[Shown] = []  # what is held, if that is the last frames
-        self._is_full = False
-        self._limit: MemoryLimit = "memory"  # what there was no more of when it was full
+        self._full: MemoryLimit | None = None  # what there is no more of
         self._footprint: Footprint | None = None  # of chunks of the present size
         self._footprint_size: tuple[int, int] | None = None
         self._num_forgotten_frames = 0  # not told yet with a chunk
@@ -106,7 +123,7 @@ class StreamMemory:
             self.ledger.forget(keep)
         self._retain_kept()
         self._num_forgotten_frames += num_before - self.now.num_frames
-        self._is_full, self.options = False, replace(self.options, memory_bytes=memory_bytes)
+        self._full, self.options = None, replace(self.options, memory_bytes=memory_bytes)
         self.adjust(self.options)
 
     @property
@@ -141,32 +158,48 @@ class StreamMemory:
 
     # Growing
 
-    def append(self, chunk: Chunk, upload: Upload | None = None, between: Between | None = None) -> Encoded:
+    def append(
+        self,
+        chunk: Chunk,
+        upload: Upload | None = None,
+        between: Between | None = None,
+        plan: Plan | None = None,
+    ) -> Encoded:
         """Encode a chunk into the memory, which may forget others for it, or raise ChunkRefused.
 
         There must be room for all of its tokens, also for those that turn out to say nothing new.
 
         `upload` has its pictures, if they are on their way to the device. `between` is called between two layers;
-        what is forgotten is forgotten by then, and nothing of the chunk counts yet.
+        what is forgotten is forgotten by then, and nothing of the chunk counts yet. `plan` is what to do for it, if
+        that is known already.
         """
-        return append_together([Addition(self, chunk, upload)], between)[0]
-
-    def grid_of(self, chunk: Chunk) -> Patches | None:
-        """The temporal patches that `append` makes of a chunk; None if it will refuse it, or must be alone for it."""
         try:
-            patches = _patches(chunk, self.model.geometry.grid(self._encode_size(chunk)))
-            self._plan(patches, chunk.num_frames)
-        except ChunkRefused:
-            return None
-        return None if self.options.last_frames else patches
+            addition = Addition(self, plan or self.plan(chunk), upload)
+        except ChunkRefused as refused:
+            self._note_full(refused)
+            raise
+        return append_together([addition], between)[0]
 
-    def place(self, chunk: Chunk, upload: Upload | None, between: Between | None) -> "_Placed":
-        """Make room for a chunk, and say what is to be encoded of it; see `append`."""
+    def plan(self, chunk: Chunk) -> Plan:
+        """What `append` will do for a chunk; it holds until the memory changes, or somebody begins to read it.
+
+        Raises ChunkRefused if the memory cannot hold it.
+        """
         size = self._encode_size(chunk)
         if self.options.last_frames and size != self._footprint_size:
             self._check_last_frames(size)
-        patches = _patches(chunk, self.model.geometry.grid(size))
-        span, layout, must_forget = self._plan(patches, chunk.num_frames)
+        patches, now = _patches(chunk, self.model.geometry.grid(size)), self.now
+        span, layout = self._span(patches, now)
+        must_forget = len(span) > self._room or span.next_position > self.model.max_positions
+        must_forget |= 0 < self.options.last_frames < now.num_frames + chunk.num_frames
+        if must_forget and self._retention.starts_over:
+            span, layout = self._span(patches, Snapshot())
+        must_wait, is_alone = self._must_wait(span, must_forget), self.options.last_frames > 0
+        return Plan(chunk, size, patches, span, layout, must_forget, must_wait, is_alone)
+
+    def place(self, plan: Plan, upload: Upload | None, between: Between | None) -> "_Placed":
+        """Make room for a chunk, and say what is to be encoded of it; see `append`."""
+        chunk, size, patches, span, layout, must_forget, *_ = plan
         again_ms = 0.0
         if must_forget:
             again_ms = self._make_room(span, self._last_shown(patches, chunk.num_frames), between)
@@ -191,26 +224,13 @@ class StreamMemory:
         self.ledger.append(chunk, num_tokens, layout, num_anchor, span.reach(num_anchor), num_dropped)
         if self.options.last_frames:
             self._shown.append(Shown(patches, encoding.vision, chunk.num_frames))
-        self._is_full = False
+        self._full = None
         if size != self._footprint_size:
             self._footprint, self._footprint_size = footprint_of(self.model, self.options, size), size
         num_forgotten, self._num_forgotten_frames = self._num_forgotten_frames, 0
         times = encoding.times
         stages = (times.preprocess_ms, times.vision_ms, times.prefill_ms + again_ms)
         return Encoded(num_tokens, size, *stages, num_forgotten, num_dropped)
-
-    def _plan(self, patches: Patches, num_frames: int) -> tuple[Span, LayoutState, bool]:
-        """The tokens of a chunk, the layout after it, and whether others must be forgotten for it.
-
-        Raises ChunkRefused if the memory cannot hold it even so.
-        """
-        now = self.now
-        span, layout = self._span(patches, now)
-        must_forget = len(span) > self._room or span.next_position > self.model.max_positions
-        must_forget |= 0 < self.options.last_frames < now.num_frames + num_frames
-        if must_forget and self._retention.starts_over:
-            span, layout = self._span(patches, Snapshot())
-        return span, layout, must_forget
 
     def _extend(self, now: Snapshot, patches: Patches) -> tuple[Span, LayoutState]:
         """The tokens of a chunk after a snapshot, and the layout then."""
@@ -248,8 +268,8 @@ class StreamMemory:
             seen_until_ns=or_unset(now.seen_until_ns),
             seconds_until_full=self._seconds_until_full(),
             seconds_of_memory=self._seconds_of_memory(),
-            full=self._is_full,
-            limit=self._limit if self._is_full else UNSET,
+            full=self._full is not None,
+            limit=or_unset(self._full),
             whole_from_ns=or_unset(now.whole_from_ns),
             num_forgotten_chunks=now.forgotten.num_chunks,
             num_forgotten_frames=now.forgotten.num_frames,
@@ -283,17 +303,11 @@ class StreamMemory:
 
     # Forgetting
 
-    def must_forget(self, chunk: Chunk) -> bool:
-        """Whether `append` of this chunk would forget others."""
-        plan = self._plan_of(chunk) if self._retention.forgets else None
-        return plan is not None and plan[2]
-
-    def must_wait(self, chunk: Chunk) -> bool:
-        """Whether `append` of this chunk would write rows that somebody reads, which it must not."""
-        plan = self._plan_of(chunk) if self._readings and self._retention.forgets else None
-        if plan is None:
+    def _must_wait(self, span: Span, must_forget: bool) -> bool:
+        """Whether a chunk of these tokens would be written to rows that somebody reads, which it must not."""
+        if not (self._readings and self._retention.forgets):
             return False
-        (span, _, must_forget), num_gone = plan, 0
+        num_gone = 0
         if must_forget:
             if self._retention.starts_over or span.next_position > self.model.max_positions:
                 return True
@@ -308,13 +322,6 @@ class StreamMemory:
         return min(
             (extent.start for reading in self._readings for extent in reading.aside), default=self._arena.capacity
         )
-
-    def _plan_of(self, chunk: Chunk) -> tuple[Span, LayoutState, bool] | None:
-        """What `append` of a chunk will do; None if it will refuse it."""
-        try:
-            return self._plan(_patches(chunk, self.model.geometry.grid(self._encode_size(chunk))), chunk.num_frames)
-        except ChunkRefused:
-            return None
 
     def _make_room(self, span: Span, shown: Sequence[Shown], between: Between | None) -> float:
         """Forget for the tokens of a chunk, which the memory can hold, and give positions back if they end.
@@ -399,10 +406,7 @@ class StreamMemory:
             f" {size[0]}x{size[1]}, and {num_fitting} of {num_chunks} chunks fit into the {options.memory_bytes} bytes"
             f" and {footprint.max_positions} positions"
         )
-        if not self._is_full:
-            logger.warning("stream %s: %s", options.name, message)
-        self._is_full, self._limit = True, limit
-        raise ChunkRefused("memory_full", message)
+        raise ChunkRefused("memory_full", message, limit)
 
     def _stay(self, span: Span) -> list[int]:
         """Places of the chunks that stay once there is room for the tokens of another."""
@@ -459,12 +463,12 @@ class StreamMemory:
         """Forget what came after a mark. Raises KeyError for an unknown one."""
         self.ledger.rollback(name)
         self._retain_kept()
-        self._is_full = False
+        self._full = None
 
     def reset(self) -> None:
         self.ledger.reset()
         self._retain_kept()
-        self._is_full = False
+        self._full = None
 
     def _retain_kept(self) -> None:
         """What the memory has lost can stand in for nothing new, nor be shown again."""
@@ -501,8 +505,8 @@ class StreamMemory:
             room = capacity if retention.starts_over else capacity - self.now.num_anchor
         if num_tokens > room:
             # One frame far larger than those before it, or than the whole memory, says nothing about the next.
-            self._is_full, self._limit = num_tokens < 2 * self.ledger.num_newest_tokens, "memory"
-            raise ChunkRefused("memory_full", f"a chunk of {num_tokens} tokens does not fit, {room} are left")
+            limit = "memory" if num_tokens < 2 * self.ledger.num_newest_tokens else None
+            raise ChunkRefused("memory_full", f"a chunk of {num_tokens} tokens does not fit, {room} are left", limit)
 
     def _check_positions(self, span: Span, state: LayoutState) -> None:
         """Raise ChunkRefused for tokens after a state that are past the model's positions, move what one may."""
@@ -511,19 +515,22 @@ class StreamMemory:
             next_position -= next_position if retention.starts_over else span.reach().max_shift(self.now.num_anchor)
         if next_position <= num:
             return
-        if not retention.forgets:
-            if not self._is_full:
-                name = self.options.name
-                logger.warning("stream %s: the %d positions of its model are used up, until a reset", name, num)
-            self._is_full, self._limit = True, "positions"
-        raise ChunkRefused("memory_full", f"position {next_position} is past {num}")
+        limit = None if retention.forgets else "positions"
+        raise ChunkRefused("memory_full", f"position {next_position} is past {num}, the last one of the model", limit)
+
+    def _note_full(self, refused: ChunkRefused) -> None:
+        if refused.reason != "memory_full":
+            return
+        if refused.limit is not None and self._full is None:
+            logger.warning("stream %s: the memory is full: %s", self.options.name, refused)
+        self._full = refused.limit
 
 
 class Addition(NamedTuple):
-    """A chunk, and the memory that it goes to."""
+    """A memory, and the plan for a chunk that goes to it."""
 
     memory: StreamMemory
-    chunk: Chunk
+    plan: Plan
     upload: Upload | None = None
 
 
@@ -543,7 +550,7 @@ def append_together(additions: Sequence[Addition], between: Between | None = Non
 
     The weights are read once for all. Either all memories have their chunks then, or none has.
     """
-    placed = [memory.place(chunk, upload, between) for memory, chunk, upload in additions]
+    placed = [memory.place(plan, upload, between) for memory, plan, upload in additions]
     first = additions[0].memory
     assert len({each.size for each in placed}) == 1, "chunks of one size are encoded together"
     try:

@@ -14,6 +14,7 @@ from msgspec import UNSET
 from onlooker.node.chunk import Chunk, ChunkRefused, Unchanged
 from onlooker.node.engine import MAX_MARKS, Engine, load_engine
 from onlooker.node.engine_protocol import EngineProtocol
+from onlooker.node.layout import LayoutState, NativeLayout, Patches, Span
 from onlooker.node.memory import StreamMemory
 from onlooker.node.options import StreamOptions
 from onlooker.node.vram import VramMeter
@@ -271,6 +272,22 @@ def test_chunks_of_a_stream_are_encoded_in_the_order_given(engine: Engine):
     futures = [engine.encode("front", chunk(seq)) for seq in range(0, 20, 2)]
     wait(futures, WAIT_S)
     assert [record.first_seq for record in the_memory(engine).ledger.records] == list(range(0, 20, 2))
+
+
+class BrokenLayout(NativeLayout):
+    """Cannot lay out one of the chunks."""
+
+    def extend(self, state: LayoutState, patches: Patches) -> tuple[Span, LayoutState]:
+        if patches.times_ns[0][0] == 2 * FRAME_NS:
+            raise ZeroDivisionError("a defect")
+        return super().extend(state, patches)
+
+
+def test_a_defect_in_what_is_asked_before_a_chunk_costs_that_chunk_alone(engine: Engine, model: DirectedModel):
+    the_memory(engine).layout = BrokenLayout(model.format)
+    futures = [engine.encode("front", chunk(seq)) for seq in (0, 2, 4)]
+    assert reason_of(futures[1]) == "encode_error"
+    assert futures[2].result(WAIT_S).num_tokens and engine.cache_info("front").num_frames == 4
 
 
 def test_an_exception_in_a_chunk_costs_that_chunk_alone(engine: Engine, model: DirectedModel):

@@ -185,7 +185,7 @@ def test_a_question_that_waits_while_a_memory_starts_over_is_about_the_chunk_tha
     kept = running(model, retention="reset", memory_bytes=60 * model.kv_shape.bytes_per_token)
     engine = next(kept)
     seq = 0
-    while not seq or not the_memory(engine).must_forget(chunk(seq)):
+    while not seq or not the_memory(engine).plan(chunk(seq)).must_forget:
         engine.encode("front", chunk(seq)).result(WAIT_S)
         seq += 2
     held_in_a_chunk(engine, model, chunk(seq))

@@ -55,7 +55,7 @@ def encode(engine: Engine, seqs: range, stream: str = "front") -> int:
 
 def fill(engine: Engine, seq: int = 0) -> int:
     """Encode chunks from a sequence number on; returns that of the first for which others must be forgotten."""
-    while not the_memory(engine).must_forget(chunk(seq)):
+    while not the_memory(engine).plan(chunk(seq)).must_forget:
         engine.encode("front", chunk(seq)).result(WAIT_S)
         seq += 2
     return seq
@@ -103,7 +103,7 @@ def test_an_answer_that_reads_while_forgetting_is_due_is_the_one_it_would_have_b
     add(engine, model, "window")
     add(engine, model, "stop", 1000, "alone")
     seq = 0
-    while not the_memory(engine).must_forget(chunk(seq)):
+    while not the_memory(engine).plan(chunk(seq)).must_forget:
         engine.encode("front", chunk(seq)).result(WAIT_S)
         engine.encode("alone", chunk(seq)).result(WAIT_S)
         seq += 2
@@ -135,7 +135,7 @@ def test_a_chunk_that_fails_after_others_were_forgotten_for_it_leaves_the_figure
 ):
     add(engine, model, "window")
     seqs = iter(range(0, 120, 2))
-    while not the_memory(engine).must_forget(chunk(seq := next(seqs))):
+    while not the_memory(engine).plan(chunk(seq := next(seqs))).must_forget:
         engine.encode("front", chunk(seq)).result(WAIT_S)
     model.fail_with = RuntimeError("in layer 1")
     failed = engine.encode("front", chunk(seq))

@@ -1,6 +1,6 @@
 """A memory that forgets: what is left is exact, the ledger and the arena agree, and marks hold what is left of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from onlooker.node.branch import Branch, Scratch
 from onlooker.node.chunk import Chunk, ChunkRefused
 from onlooker.node.layout import LAYOUTS, Reach
 from onlooker.node.ledger import ChunkRecord
-from onlooker.node.memory import StreamMemory
+from onlooker.node.memory import Plan, StreamMemory
 from onlooker.node.model import VisionLanguageModel
 from onlooker.node.passes import Prefill
 from onlooker.node.retention import POLICIES
@@ -67,7 +67,7 @@ def model(checkpoints: Checkpoints) -> DirectedModel:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_left_answers_as_one_pass_in_which_the_forgotten_is_masked(
-    checkpoints: Checkpoints, family: str, layout: str, retention: str
+    checkpoints: Checkpoints, one_pass: Callable[[str], OnePass], family: str, layout: str, retention: str
 ):
     model = checkpoints.model(family)
     stream, chunks, seen = memory(model, retention, 90, layout), [], []
@@ -77,13 +77,13 @@ def test_what_is_left_answers_as_one_pass_in_which_the_forgotten_is_masked(
         seen.append(numbers(stream))
     left = numbers(stream)
     assert len(left) < len(chunks) and left[-1] == 13
-    one_pass = OnePass(checkpoints, family)
-    prompt = one_pass.prompt(layout, chunks, QUESTION)
+    reference = one_pass(family)
+    prompt = reference.prompt(layout, chunks, QUESTION)
     visible = visibility(prompt, stream.now.num_anchor, [*seen, left])
-    expected = one_pass.logits(prompt, visible=visible)[-1]
+    expected = reference.logits(prompt, visible=visible)[-1]
     answered = next_logits(model, stream)[-1]
     assert (answered - expected).abs().max() <= 1e-5
-    assert (answered - one_pass.logits(prompt)[-1]).abs().max() > 1e-4  # what was forgotten made a difference
+    assert (answered - reference.logits(prompt)[-1]).abs().max() > 1e-4  # what was forgotten made a difference
 
 
 @pytest.mark.parametrize("retention", FORGETFUL)
@@ -93,7 +93,7 @@ def test_forgetting_moves_rows_and_changes_no_bit_of_them(checkpoints: Checkpoin
     stream = memory(model, retention, 150)
     for i in range(30):
         new = chunk(2 * i, factor=model.geometry.factor)
-        if stream.must_forget(new):
+        if stream.plan(new).must_forget:
             before, records = rows(stream), stream.ledger.records
             stream.append(new)
             kept = {record.number: record for record in stream.ledger.records}
@@ -207,7 +207,7 @@ def test_what_was_forgotten_is_told_with_the_chunk_that_it_was_for(model: Direct
 def test_a_chunk_that_fails_after_others_were_forgotten_for_it_leaves_a_sound_memory(model: DirectedModel):
     stream = memory(model, "window")
     seq = 0
-    while not stream.must_forget(chunk(seq)):
+    while not stream.plan(chunk(seq)).must_forget:
         stream.append(chunk(seq))
         seq += 2
     model.fail_with = torch.OutOfMemoryError("no more")
@@ -226,7 +226,7 @@ def test_a_device_without_memory_for_moving_rows_refuses_the_chunk_and_nothing_h
 
     stream = memory(model, "window")
     seq = 0
-    while not stream.must_forget(chunk(seq)):
+    while not stream.plan(chunk(seq)).must_forget:
         stream.append(chunk(seq))
         seq += 2
     before, now = arena(stream), stream.now
@@ -355,7 +355,7 @@ def test_what_a_reader_sees_goes_aside_until_there_is_no_more_room_for_it(model:
     expected = other.prefill(question)
     other.close()
     seq = 220
-    while not stream.must_wait(chunk(seq)):
+    while not stream.plan(chunk(seq)).must_wait:
         stream.append(chunk(seq))
         unread.append(chunk(seq))
         seq += 2
@@ -364,7 +364,7 @@ def test_what_a_reader_sees_goes_aside_until_there_is_no_more_room_for_it(model:
     assert stream.now == unread.now and are_equal(rows(stream), rows(unread))
     assert (reader.prefill(question) - expected).abs().max() <= 1e-5
     reader.close()
-    assert not stream.must_wait(chunk(seq))
+    assert not stream.plan(chunk(seq)).must_wait
     stream.append(chunk(seq))
 
 
@@ -372,9 +372,9 @@ def test_keys_do_not_rotate_under_a_reader(model: DirectedModel):
     stream = memory(FewPositions(model), "window")
     stream.append(chunk(0))
     branch = Branch(model, stream, stream.now, Scratch(model.kv_shape, 1, 64))
-    assert stream.must_wait(chunk(1000)) and not stream.must_wait(chunk(2))
+    assert stream.plan(chunk(1000)).must_wait and not stream.plan(chunk(2)).must_wait
     branch.close()
-    assert not stream.must_wait(chunk(1000))
+    assert not stream.plan(chunk(1000)).must_wait
 
 
 # Another size
@@ -466,8 +466,14 @@ class ForgettingKeepsItsPromises(RuleBasedStateMachine):
         self.seq = 0
         self.append((2, 3), 31 if layout == "native" else 12, 0)
 
-    def add(self, new: Chunk) -> None:
-        starts_over = self.stream.options.retention == "reset" and self.stream.must_forget(new)
+    def plan(self, new: Chunk) -> Plan | None:
+        try:
+            return self.stream.plan(new)
+        except ChunkRefused:
+            return None
+
+    def add(self, new: Chunk, plan: Plan | None) -> None:
+        starts_over = self.stream.options.retention == "reset" and plan is not None and plan.must_forget
         try:
             self.stream.append(new)
         except ChunkRefused as refused:
@@ -491,10 +497,11 @@ class ForgettingKeepsItsPromises(RuleBasedStateMachine):
         self.seq += pause
         for _ in range(num):
             new = chunk(self.seq, grid=grid)
-            if self.stream.must_wait(new):
+            plan = self.plan(new)
+            if plan is not None and plan.must_wait:
                 assert self.readers
                 return
-            self.add(new)
+            self.add(new, plan)
             self.seq += 2
 
     @rule(name=st.sampled_from(["", "a", "b"]))

@@ -78,7 +78,7 @@ def test_chunks_of_several_memories_are_encoded_together_as_each_by_itself(
             stream.append(chunk(first_seq, factor=factor))
     new = [chunk(20 + 4 * i, 2 if i else 4, factor=factor) for i in range(3)]
     apart = [stream.append(each) for stream, each in zip(alone, new, strict=True)]
-    encoded = append_together([Addition(stream, each) for stream, each in zip(together, new, strict=True)])
+    encoded = append_together([Addition(stream, stream.plan(each)) for stream, each in zip(together, new, strict=True)])
     assert [each.num_tokens for each in encoded] == [each.num_tokens for each in apart]
     assert [each.num_dropped_tokens for each in encoded] == [each.num_dropped_tokens for each in apart]
     assert [stream.now for stream in together] == [stream.now for stream in alone]
@@ -94,7 +94,7 @@ def test_if_one_of_several_chunks_is_refused_no_memory_has_its_own(model: Direct
             stream.append(chunk(first_seq))
     before = [(stream.now, rows(stream)) for stream in streams]
     with pytest.raises(ChunkRefused, match="does not fit"):
-        append_together([Addition(stream, chunk(4)) for stream in streams])
+        append_together([Addition(stream, stream.plan(chunk(4))) for stream in streams])
     for stream, (now, held) in zip(streams, before, strict=True):
         assert stream.now == now and are_equal(rows(stream), held)
 
@@ -151,6 +151,20 @@ def test_a_memory_is_full_until_it_is_cut_back(model: DirectedModel):
     stream.rollback("one")
     assert not stream.info().full
     stream.append(chunk(2))
+
+
+def test_a_plan_changes_nothing_and_what_is_appended_by_it_is_what_it_said(model: DirectedModel):
+    stream, seqs = memory(model, num_tokens=50), iter(range(0, 60, 2))
+    with pytest.raises(ChunkRefused, match="does not fit"):
+        while True:
+            new, before = chunk(next(seqs)), stream.info()
+            plan = stream.plan(new)
+            assert stream.info() == before
+            assert stream.append(new, plan=plan).num_tokens == len(plan.span)
+    assert stream.now.num_chunks > 1 and not stream.info().full
+    with pytest.raises(ChunkRefused, match="does not fit"):
+        stream.append(chunk(60))
+    assert stream.info().full and stream.info().limit == "memory"
 
 
 def test_one_giant_frame_does_not_make_the_memory_full_for_the_small_ones(model: DirectedModel):
