@@ -86,6 +86,11 @@ class Arena:
         """Elements between a row of one layer and the same row of the next, where all are on one device."""
         return self.capacity * self.shape.num_kv_heads * self.shape.head_dim
 
+    def release(self) -> None:
+        """Give the storage back, whoever still refers to the arena: no row can be read any more."""
+        self.keys.clear()
+        self.values.clear()
+
     def extent(self, start: int, stop: int) -> Extent:
         assert 0 <= start <= stop <= self.capacity, (start, stop, self.capacity)
         return Extent(self, start, stop)

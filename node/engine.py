@@ -508,6 +508,7 @@ class Engine:
         self._refuse_queued(stream, "removed", "the stream was removed")
         self._pinned.discard(stream)
         del self._memories[stream], self._chunks[stream]
+        memory.release()
         self._infos = {name: info for name, info in self._infos.items() if name != stream}
 
     def _reset(self, stream: str) -> CacheInfo:

@@ -126,6 +126,16 @@ class StreamMemory:
         self._full, self.options = None, replace(self.options, memory_bytes=memory_bytes)
         self.adjust(self.options)
 
+    def release(self) -> None:
+        """Give the storage back; the memory is of no use any more.
+
+        Not left to the last reference: the traceback of a question that failed may hold one, in a cycle.
+        """
+        self._arena.release()
+        self._shown.clear()
+        self._drop = None
+        _release_cached(self.model.device)
+
     @property
     def now(self) -> Snapshot:
         return self.ledger.now
@@ -576,10 +586,15 @@ def _token_drop(options: StreamOptions) -> TokenDrop | None:
     return None if options.drop is None or options.last_frames else TokenDrop(options.drop)
 
 
+def _release_cached(device: torch.device) -> None:
+    """Let the device have what torch keeps of it for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _out_of_memory(model: VisionLanguageModel, error: torch.OutOfMemoryError, what: str) -> ChunkRefused:
     error.__traceback__ = None  # its frames hold the activations that must go
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
+    _release_cached(model.device)
     return ChunkRefused("out_of_memory", f"no device memory for {what}: {error}")
 
 

@@ -1,6 +1,7 @@
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, wait
 from typing import Any
@@ -215,6 +216,15 @@ def test_device_memory_counts_weights_streams_and_scratch(engine: Engine, model:
     expected = (512 + NUM_SLOTS * 128) * bytes_per_token
     until(lambda: engine.vram().kv_bytes == expected)
     assert engine.vram().weights_bytes == model.weights_bytes
+
+
+def test_a_removed_stream_gives_its_storage_back_though_somebody_knows_its_memory(engine: Engine):
+    encode(engine, 0)
+    known = the_memory(engine)
+    storage = [weakref.ref(tensor) for tensor in (*known._arena.keys, *known._arena.values)]
+    assert all(tensor() is not None for tensor in storage)
+    engine.remove_stream("front").result(WAIT_S)
+    assert [tensor() for tensor in storage] == [None] * len(storage)
 
 
 # Chunks

@@ -8,7 +8,7 @@ Three cameras run in real time: `window`, `thin`, and `still`, a window that is 
 soon full, and positions end after `--horizon`, so that keys are rotated again and again.
 
 A line a second goes to FILE; the last one is the summary, also of a run that is ended by SIGTERM. Exits with 1
-where, after the warm-up, what torch has allocated at rest or has reserved moved by a megabyte, where positions passed
+where, after the warm-up, what torch has allocated or reserved while all cameras rest moved by a megabyte, where positions passed
 the horizon, or where anything failed. Both are this process's own figures, whatever others take of the device.
 """
 
@@ -311,7 +311,7 @@ class Watch:
         warm = [row for row in self.rows if row["s"] >= warm_s]
         most = max((len(row["streams"]) for row in self.rows), default=0)
         rest = [row for row in warm if row["at_rest"] and len(row["streams"]) == most]
-        allocated, reserved = [row["allocated"] for row in rest], [row["reserved"] for row in warm]
+        allocated, reserved = ([row[name] for row in rest] for name in ("allocated", "reserved"))
         positions = [each["position"] for row in self.rows for each in row["streams"].values()]
         held = {
             "there are samples after the warm-up": len(rest) > 1,
