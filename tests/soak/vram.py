@@ -8,8 +8,9 @@ Three cameras run in real time: `window`, `thin`, and `still`, a window that is 
 soon full, and positions end after `--horizon`, so that keys are rotated again and again.
 
 A line a second goes to FILE; the last one is the summary, also of a run that is ended by SIGTERM. Exits with 1
-where, after the warm-up, what torch has allocated or reserved while all cameras rest moved by a megabyte, where positions passed
-the horizon, or where anything failed. Both are this process's own figures, whatever others take of the device.
+where, after the warm-up, what torch has allocated or reserved while all cameras are there and nothing is answered
+moved by a megabyte, where positions passed the horizon, or where anything failed. Both are this process's own figures,
+whatever others take of the device.
 """
 
 import argparse
