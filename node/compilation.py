@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 CompileSetting = Literal["auto", "on", "off"]
 
 MIN_WEIGHTS_BYTES = 1 << 30  # below it a model is launched faster than it could be compiled
+TUNES_ONE_TOKEN = False  # its products as kernels that the compiler tries out, at some seconds for each
 MAX_VERSIONS = 64  # of one piece in one process
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 _CACHE_FOLDER = Path("~/.cache/onlooker/inductor")
@@ -41,7 +42,8 @@ class Compilation:
     def __init__(self, tower: VisionTower, language: LanguageModel, backend: Any = "inductor") -> None:
         self._tower = tower
         self._language = language
-        self._sound = (tower.before, tower.after, language.before, language.after)
+        self._sound = tower.before, tower.after
+        self._sound_language = language.before, language.after, language.project, language.join
         self._backend = backend
 
     def use(self, warm_up: Callable[[], object]) -> bool:
@@ -62,13 +64,15 @@ class Compilation:
     def _put_in_place(self) -> None:
         tower, language = self._tower, self._language
         tower.before, tower.after = (compiled(piece, self._backend) for piece in (tower.before, tower.after))
-        language.before = compiled(language.before, self._backend)
+        language.before, language.project = (compiled(p, self._backend) for p in (language.before, language.project))
         if language.is_dense:  # experts are transformers' own code, made to be compiled or not
-            language.after = compiled(language.after, self._backend)
+            language.after, language.join = (compiled(p, self._backend) for p in (language.after, language.join))
 
     def give_up(self) -> None:
         """Run the layers as they are."""
-        self._tower.before, self._tower.after, self._language.before, self._language.after = self._sound
+        self._tower.before, self._tower.after = self._sound
+        language = self._language
+        language.before, language.after, language.project, language.join = self._sound_language
 
     def finish(self) -> None:
         """From now on what would have to be compiled anew runs as it is, and no stream waits for a compiler."""
@@ -107,11 +111,14 @@ def _cache_folder() -> Path:
 def compiled(piece: Callable[..., Any], backend: Any = "inductor") -> Callable[..., Any]:
     """A piece compiled for any number of tokens, the first axis of its tensors."""
     fast: Any = torch.compile(piece, fullgraph=True, backend=backend)
+    fast_for_one = fast
+    if TUNES_ONE_TOKEN and backend == "inductor":
+        fast_for_one = torch.compile(piece, fullgraph=True, options={"coordinate_descent_tuning": True})
 
     def run(*args: Any) -> Any:
-        for arg in args:
-            if isinstance(arg, Tensor):
-                torch._dynamo.maybe_mark_dynamic(arg, 0)
-        return fast(*args)
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return (fast_for_one if len(tensors[0]) == 1 else fast)(*args)
 
     return run

@@ -44,7 +44,7 @@ class MlpWeights:
 
 
 class LanguageModel:
-    """Runs the layers. `before` and `after` are what may be compiled."""
+    """Runs the layers. `before`, `after`, `project` and `join` are what may be compiled."""
 
     def __init__(self, model: Any, config: Any) -> None:
         self._model = model
@@ -53,6 +53,8 @@ class LanguageModel:
         self._scale = float(model.layers[0].self_attn.scaling)
         self.before: Callable[..., tuple[Tensor, Tensor, Tensor]] = before_attention
         self.after: Callable[..., Tensor] = after_attention
+        self.project: Callable[..., Tensor] = project
+        self.join: Callable[..., tuple[Tensor, Tensor]] = join_layers
 
     @property
     def is_dense(self) -> bool:
@@ -127,6 +129,17 @@ class LanguageModel:
         """The rest of a layer; attended (tokens, heads * head_dim)."""
         return self.after(x, attended, self._layers[number][1])
 
+    def enter(self, x: Tensor) -> Tensor:
+        """The first layer's products before its attention, for `rotate`; x (tokens, hidden)."""
+        return self.project(x, self._layers[0][0])
+
+    def cross(self, number: int, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """The rest of a layer, and the next one's products before its attention."""
+        return self.join(x, attended, self._layers[number][1], self._layers[number + 1][0])
+
+    def weights(self, number: int) -> AttentionWeights:
+        return self._layers[number][0]
+
     def normed(self, x: Tensor) -> Tensor:
         """What the last layer gives, ready for logits."""
         norm = self._model.norm
@@ -148,7 +161,28 @@ class _OnDevices:
 
 def before_attention(x: Tensor, cos: Tensor, sin: Tensor, weights: AttentionWeights) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise, project and rotate x (tokens, hidden): q (tokens, heads, head_dim), k and v with the K/V heads."""
-    qkv = F.linear(_rms_norm(x, weights.norm, weights.eps), weights.qkv, weights.qkv_bias)
+    return _rotated_heads(
+        F.linear(_rms_norm(x, weights.norm, weights.eps), weights.qkv, weights.qkv_bias), cos, sin, weights
+    )
+
+
+def project(x: Tensor, weights: AttentionWeights) -> Tensor:
+    """Normalise and project x (tokens, hidden), without the bias: (tokens, (heads + 2 * kv_heads) * head_dim)."""
+    return F.linear(_rms_norm(x, weights.norm, weights.eps), weights.qkv)
+
+
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, weights: AttentionWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """What `before_attention` makes of x, from what `project` makes of it."""
+    return _rotated_heads(qkv if weights.qkv_bias is None else qkv + weights.qkv_bias, cos, sin, weights)
+
+
+def join_layers(x: Tensor, attended: Tensor, rest: MlpWeights, following: AttentionWeights) -> tuple[Tensor, Tensor]:
+    """From a layer's attention to the next one's: `after_attention`, and `project` of what it gives."""
+    x = after_attention(x, attended, rest)
+    return x, project(x, following)
+
+
+def _rotated_heads(qkv: Tensor, cos: Tensor, sin: Tensor, weights: AttentionWeights) -> tuple[Tensor, Tensor, Tensor]:
     num_kv = weights.num_kv_heads
     qkv = qkv.unflatten(-1, (weights.num_heads + 2 * num_kv, -1))
     q, k, v = qkv.split([weights.num_heads, num_kv, num_kv], dim=1)
@@ -159,13 +193,21 @@ def before_attention(x: Tensor, cos: Tensor, sin: Tensor, weights: AttentionWeig
 
 def after_attention(x: Tensor, attended: Tensor, weights: MlpWeights) -> Tensor:
     """The rest of a layer; x (tokens, hidden), attended (tokens, heads * head_dim)."""
-    x = x + F.linear(attended, weights.out, weights.out_bias)
+    x = _plus(x, F.linear(attended, weights.out, weights.out_bias))
     normed = _rms_norm(x, weights.norm, weights.eps)
     if weights.gate_up is None or weights.down is None:
         assert weights.mlp is not None
         return x + weights.mlp(normed[None])[0]
     gate, up = F.linear(normed, weights.gate_up).chunk(2, dim=-1)
-    return x + F.linear(F.silu(gate) * up, weights.down)
+    return _plus(x, F.linear(F.silu(gate) * up, weights.down))
+
+
+def _plus(x: Tensor, product: Tensor) -> Tensor:
+    """Their sum, which a compiler does together with what comes next.
+
+    Of a plain sum it would make one product on top of x, which has to be copied first.
+    """
+    return (x.float() + product).to(x.dtype) if torch.compiler.is_compiling() else x + product
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

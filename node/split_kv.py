@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .arena import Arena, Extent, KVShape
+from .language import AttentionWeights
 
 ROWS_PER_TILE = 8
 _OWN_SPLITS = 4
@@ -135,22 +136,38 @@ class SplitAttention:
         )
         return out
 
-    def put(self, layer: int, key: Tensor, value: Tensor, places: Tensor) -> None:
-        """Write key and value (num_rows, kv_heads, head_dim) to the rows `places` of the scratch; needs Triton."""
+    def put_rotated(
+        self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, weights: AttentionWeights, places: Tensor
+    ) -> Tensor:
+        """Queries (num_rows, heads, head_dim) of qkv, the products without their bias; needs Triton.
+
+        As `language.rotate`; keys and values are written to the rows `places` (num_rows,) of the scratch. cos, sin
+        (num_rows, 1, head_dim).
+        """
         kernels: Any = importlib.import_module(".split_kv_kernels", __package__)
-        assert key.stride(2) == value.stride(2) == 1
-        kernels.put_rows[key.shape[:2]](
-            key,
-            value,
+        num_rows, num_heads, shape = len(qkv), self._num_heads, self._shape
+        query = qkv.new_empty(num_rows, num_heads, shape.head_dim)
+        kernels.put_rotated[(num_rows, num_heads + 2 * shape.num_kv_heads)](
+            qkv.contiguous(),
+            qkv if weights.qkv_bias is None else weights.qkv_bias,
+            qkv if weights.query_norm is None else weights.query_norm,
+            qkv if weights.key_norm is None else weights.key_norm,
+            cos.contiguous(),
+            sin.contiguous(),
+            query,
             self._scratch.keys[layer],
             self._scratch.values[layer],
             places,
-            *key.stride()[:2],
-            *value.stride()[:2],
-            HEAD_DIM=self._shape.head_dim,
-            BLOCK_D=_power_of_2(self._shape.head_dim),
+            weights.eps,
+            NUM_HEADS=num_heads,
+            NUM_KV_HEADS=shape.num_kv_heads,
+            HEAD_DIM=shape.head_dim,
+            HAS_BIAS=weights.qkv_bias is not None,
+            HAS_NORM=weights.query_norm is not None,
+            BLOCK_D=_power_of_2(shape.head_dim),
             num_warps=1,
         )
+        return query
 
 
 def attend_rows(layer: int, query: Tensor, rows: Sequence[Row], scale: float) -> Tensor:

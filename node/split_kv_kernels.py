@@ -1,4 +1,7 @@
-"""Triton kernels of attention: split-KV (flash-decoding), and merging. Imported only where Triton is."""
+"""Triton kernels of attention: what comes before it, split-KV (flash-decoding), and merging.
+
+Imported only where Triton is.
+"""
 
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
@@ -82,28 +85,58 @@ def attend_splits(
 
 
 @triton.jit
-def put_rows(
-    key,  # (num_rows, NUM_KV_HEADS, HEAD_DIM) by its strides, the last one 1
-    value,
-    keys,  # (capacity, NUM_KV_HEADS, HEAD_DIM), contiguous: row `places[i]` becomes row i of `key`
+def put_rotated(
+    qkv,  # (num_rows, NUM_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM), contiguous
+    bias,  # (NUM_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM)
+    query_norm,  # (HEAD_DIM,)
+    key_norm,
+    cos,  # (num_rows, HEAD_DIM)
+    sin,
+    query,  # (num_rows, NUM_HEADS, HEAD_DIM)
+    keys,  # (capacity, NUM_KV_HEADS, HEAD_DIM), contiguous: row `places[i]` is written from row i
     values,
     places,  # (num_rows,), int64
-    key_row,
-    key_head,
-    value_row,
-    value_head,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write the keys and values of one row and K/V head."""
-    row, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    """Add the bias, normalise and rotate one head of one row, and write it where it belongs."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    is_query, is_value = head < NUM_HEADS, head >= NUM_HEADS + NUM_KV_HEADS
     d = tl.arange(0, BLOCK_D)
-    place = (tl.load(places + row) * num_heads + head) * HEAD_DIM + d
     is_there = d < HEAD_DIM
-    k = tl.load(key + row * key_row + head * key_head + d, mask=is_there)
-    v = tl.load(value + row * value_row + head * value_head + d, mask=is_there)
-    tl.store(keys + place, k, mask=is_there)
-    tl.store(values + place, v, mask=is_there)
+    is_first = d < HEAD_DIM // 2
+    other_d = tl.where(is_first, d + HEAD_DIM // 2, d - HEAD_DIM // 2)  # what d is rotated with
+    place = (row * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * HEAD_DIM
+    x = tl.load(qkv + place + d, mask=is_there, other=0.0).to(tl.float32)
+    other = tl.load(qkv + place + other_d, mask=is_there, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + head * HEAD_DIM + d, mask=is_there, other=0.0).to(tl.float32)
+        other += tl.load(bias + head * HEAD_DIM + other_d, mask=is_there, other=0.0).to(tl.float32)
+    if is_value:
+        out = values + (tl.load(places + row) * NUM_KV_HEADS + head - NUM_HEADS - NUM_KV_HEADS) * HEAD_DIM
+        tl.store(out + d, x.to(values.dtype.element_ty), mask=is_there)
+        return
+    if HAS_NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / HEAD_DIM + eps)
+        norm = query_norm
+        if not is_query:
+            norm = key_norm
+        x *= scale * tl.load(norm + d, mask=is_there, other=0.0).to(tl.float32)
+        other *= scale * tl.load(norm + other_d, mask=is_there, other=0.0).to(tl.float32)
+    c = tl.load(cos + row * HEAD_DIM + d, mask=is_there, other=0.0).to(tl.float32)
+    s = tl.load(sin + row * HEAD_DIM + d, mask=is_there, other=0.0).to(tl.float32)
+    rotated = x * c + tl.where(is_first, -other, other) * s
+    if is_query:
+        out = query + (row * NUM_HEADS + head) * HEAD_DIM
+        tl.store(out + d, rotated.to(query.dtype.element_ty), mask=is_there)
+    else:
+        out = keys + (tl.load(places + row) * NUM_KV_HEADS + head - NUM_HEADS) * HEAD_DIM
+        tl.store(out + d, rotated.to(keys.dtype.element_ty), mask=is_there)
 
 
 @triton.jit

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .arena import Arena
-from .attention import MemoryPass
 from .graphs import Recorder, Recording
+from .language import rotate
 from .model import VisionLanguageModel
 from .split_kv import ROWS_PER_TILE, Row, SplitAttention, attend_rows
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 QUESTION_SIZES = (32, 64)  # tokens of a question with the words around it; longer ones are prefilled like chunks
 
 
-class Step(MemoryPass):
+class Step:
     """A pass of `num_rows` tokens, of which some give logits. On the CPU it runs as it is, for tests."""
 
     def __init__(
@@ -78,18 +78,25 @@ class Step(MemoryPass):
 
     def _compute(self) -> Tensor:
         model = self._model
-        hidden = model.language.run(model.embed(self._ids)[None], self._positions.expand(3, 1, -1), self)
-        return model.logits(hidden[0].index_select(0, self._wanted))
+        language, x = model.language, model.embed(self._ids)
+        cos, sin = language.tables(x[None], self._positions.expand(3, 1, -1))
+        last, qkv = language.num_layers - 1, language.enter(x)
+        for layer in range(last):
+            x, qkv = language.cross(layer, x, self._attend(layer, qkv, cos, sin))
+        x = language.end(last, x, self._attend(last, qkv, cos, sin))
+        return model.logits(language.normed(x.index_select(0, self._wanted)))
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        rows, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-        rows = rows.contiguous()
-        if query.device.type == "cuda":
-            self._attention.put(layer, key, value, self._newest)
-            return self._attention.attend(layer, rows, self._tables, scale)[None]
+    def _attend(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """From a layer's products to what `LanguageModel.end` takes; keys and values are written to the scratch."""
+        language = self._model.language
+        weights = language.weights(layer)
+        if qkv.device.type == "cuda":
+            query = self._attention.put_rotated(layer, qkv, cos, sin, weights, self._newest)
+            return self._attention.attend(layer, query, self._tables, language.scale).flatten(1)
+        query, key, value = rotate(qkv, cos, sin, weights)
         self._scratch.keys[layer].index_copy_(0, self._newest, key)
         self._scratch.values[layer].index_copy_(0, self._newest, value)
-        return attend_rows(layer, rows, self._rows, scale)[None]
+        return attend_rows(layer, query, self._rows, language.scale).flatten(1)
 
     def _write_empty(self) -> None:
         """Tables in which no tile has any row."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from onlooker.node.arena import Arena, KVShape
+from onlooker.node.language import AttentionWeights, rotate
 from onlooker.node.split_kv import Row, SplitAttention, attend_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,6 +102,30 @@ def test_in_bfloat16_the_kernels_are_within_a_hundredth(case: list[tuple[int, in
     table = Table(case, (16, 2, 128), torch.bfloat16)
     out = table.attention.attend(1, table.query, table.tables(), 0.09)
     assert (out - attend_rows(1, table.query, table.rows, 0.09)).abs().max() <= 2e-2
+
+
+@needs_triton
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("heads", SHAPES)
+def test_rotated_rows_are_where_they_belong(heads: tuple[int, int, int], has_bias: bool, has_norm: bool):
+    num_heads, kv_heads, head_dim = heads
+    table, places = Table(CASES["rows of two streams"], heads, torch.float32), [7, 130, 2, 383]
+    num_all = num_heads + 2 * kv_heads
+    qkv, bias, cos, sin = (
+        rand(*shape, seed=seed).to(DEVICE)
+        for seed, shape in enumerate([(4, num_all * head_dim), (num_all * head_dim,), *[(4, 1, head_dim)] * 2])
+    )
+    norms = [rand(head_dim, seed=seed).to(DEVICE) if has_norm else None for seed in (8, 9)]
+    weights = AttentionWeights(bias, bias, bias if has_bias else None, *norms, 1e-6, num_heads, kv_heads)
+    scratch = table.scratch
+    before = [tensor.clone() for tensor in (*scratch.keys, *scratch.values)]
+    at = torch.tensor(places, device=DEVICE)
+    query = table.attention.put_rotated(1, qkv, cos, sin, weights, at)
+    expected, before[1][places], before[LAYERS + 1][places] = rotate(qkv, cos, sin, weights)
+    assert (query - expected).abs().max() <= 1e-5
+    for mine, wanted in zip((*scratch.keys, *scratch.values), before, strict=True):
+        assert torch.allclose(mine, wanted, rtol=0, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
