@@ -6,6 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Generic, TypeVar
 
 import torch
@@ -29,12 +30,17 @@ class Recording(Generic[T]):
         return self.result
 
 
+@cache
+def _side_stream(_device: int) -> torch.cuda.Stream:
+    """One for all recorders of a device: each that multiplies matrices keeps megabytes of workspace for good."""
+    return torch.cuda.Stream()
+
+
 class Recorder:
-    """Makes recordings that share one side stream and one pool of memory: they are replayed one after the other."""
+    """Makes recordings that share one pool of memory: they are replayed one after the other."""
 
     def __init__(self) -> None:
-        # One stream for all: each that multiplies matrices keeps tens of megabytes of workspace for good.
-        self._stream = torch.cuda.Stream()
+        self._stream = _side_stream(torch.cuda.current_device())
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, compute: Callable[[], T]) -> Recording[T]:
