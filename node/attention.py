@@ -22,7 +22,10 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 LONG_QUERY = 1024  # new tokens from which on attention over the past takes longer than anything else
-PIECES = (8192, 2048)  # of a past, the longest first; a kernel takes a quarter of a second to be built for one
+# Of a past, the longest first: length, and how many are one call, so that they fill a card to the end. A kernel takes
+# a quarter of a second to be built for each.
+PIECES = ((8192, 4), (8192, 2), (8192, 1), (2048, 2), (2048, 1))
+MAX_PARTIALS = 6  # kept of a past by pieces, each as large as the queries; more are merged on the way
 
 _aten = torch.ops.aten
 
@@ -89,15 +92,34 @@ def _attend_by_pieces(kernel: "Kernel", query: Tensor, key: Tensor, value: Tenso
     """`attend_recent` by a kernel that is built anew for each length: it is given the past in few lengths."""
     first, partials = 0, []
     num_past = key.shape[0] - query.shape[3]
-    for length in PIECES:
-        while num_past - first >= length:
-            piece = slice(first, first + length)
-            partials.append(_attend_grouped(kernel, query, key[piece], value[piece], False, scale))
-            first += length
+    for length, num in PIECES:
+        while num_past - first >= length * num:
+            some = slice(first, first + length * num)
+            keys, values = key[some].unflatten(0, (num, length)), value[some].unflatten(0, (num, length))
+            partials += _attend_pieces(kernel, query, keys, values, scale)
+            first = some.stop
+            if len(partials) >= MAX_PARTIALS:
+                partials = [_joined(partials)]
     if first < num_past:
         partials.append(attend_shared(query, key[first:num_past], value[first:num_past], scale))
     partials.append(_attend_grouped(kernel, query, key[num_past:], value[num_past:], True, scale))
     return partials
+
+
+def _attend_pieces(kernel: "Kernel", query: Tensor, key: Tensor, value: Tensor, scale: float) -> list[Partial]:
+    """Attend to each of some pieces, all in one call; key, value (pieces, length, kv_heads, head_dim)."""
+    num, heads = len(key), query.shape[1:3]
+    rows = query.flatten(1, 2)
+    if num > 1:
+        rows = rows.repeat(num, 1, 1, 1)
+    out, lse = kernel(rows, key.transpose(1, 2), value.transpose(1, 2), False, scale)
+    return [Partial(out[i : i + 1].unflatten(1, heads), lse[i : i + 1].unflatten(1, heads)) for i in range(num)]
+
+
+def _joined(partials: list[Partial]) -> Partial:
+    """Partials over disjoint segments, of a batch of one, as one over all of them."""
+    lse = torch.stack([partial.lse for partial in partials]).logsumexp(0)
+    return Partial(grouped(merge(partials).transpose(1, 2), lse.shape[1]), lse)
 
 
 def _attend_grouped(kernel: "Kernel", query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> Partial:

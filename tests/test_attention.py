@@ -173,3 +173,23 @@ def test_a_past_in_pieces_is_attended_to_as_a_whole(num_past: int):
     pieces = attention._attend_by_pieces(sharing, query, key, value, 0.25)
     whole = attend_recent(query, key, value, 0.25)
     assert (merge(pieces) - merge(whole)).abs().max() <= 1e-5
+
+
+def test_a_past_by_pieces_is_attended_to_as_a_whole(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention, "PIECES", ((8, 4), (8, 1), (2, 2), (2, 1)))
+    calls: list[tuple[int, ...]] = []
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        calls.append((len(key), key.shape[2]))
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        return attention._unfused(query, key, value, causal, scale)
+
+    num_past, num_new = 87, 5
+    query = rand(1, KV_HEADS * GROUP, num_new, HEAD_DIM)
+    key, value = (rand(num_past + num_new, KV_HEADS, HEAD_DIM, seed=seed) for seed in (1, 2))
+    visible = torch.ones(num_new, num_past + num_new, dtype=torch.bool).tril(num_past)[None]
+    expected = reference(query, key[None], value[None], visible)[0].transpose(1, 2)
+    partials = attention._attend_by_pieces(kernel, grouped(query, KV_HEADS), key, value, SCALE)
+    assert distance(merge(partials), expected) <= 1e-6
+    assert calls == [(4, 8), (4, 8), (1, 8), (1, 8), (2, 2), (1, 2), (1, 5)]
+    assert len(partials) <= attention.MAX_PARTIALS
