@@ -4,11 +4,12 @@
 
 `right` compares the kernels and the captured steps with plain torch, and passes the exactness gate; `start` starts
 an engine at a published model's sizes with random weights and shows what it gave up, what it takes, and that nothing
-is compiled once it is warm; `kernels` times attention alone; `model` times the stages of a 1080p chunk, of a question
-and of decoding with CUDA events; `upload` times the ways of pictures to the device, alone and under a stream of
-chunks; `streams` times small chunks of several streams, one by one and together; `between` shows the pace of answers
-and the rate of a stream together, with and without decode steps between the layers of a chunk. What fails is printed
-with its traceback, and the rest goes on; what would begin after the budget (seconds) is left out.
+is compiled once it is warm; `kernels` times attention alone, `pieces` that of a chunk to its past in pieces and whole;
+`model` times the stages of a 1080p chunk, of a question and of decoding with CUDA events; `upload` times the ways of
+pictures to the device, alone and under a stream of chunks; `streams` times small chunks of several streams, one by one
+and together; `between` shows the pace of answers and the rate of a stream together, with and without decode steps
+between the layers of a chunk. What fails is printed with its traceback, and the rest goes on; what would begin after
+the budget (seconds) is left out.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from onlooker.node import attention as attention_module
 from onlooker.node import model as model_module
 from onlooker.node import vision
 from onlooker.node.answer import decode_tokens
@@ -261,6 +263,39 @@ def _cudnn(q: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor,
     k, v = (x.transpose(0, 1)[None] for x in (key, value))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, scale=scale)
     return out, lse.reshape(q.shape[:3])
+
+
+def time_pieces(report: Report) -> None:
+    """A chunk's queries over a past by cuDNN: piece by piece, several as a batch, and whole."""
+    n, kv_heads, heads, dim, scale = NUM_QUERIES[0], 2, 16, 128, 128**-0.5
+    key, value = (_rand(7 * 4096 + n, kv_heads, dim, seed=seed) for seed in (1, 2))
+    q = _rand(1, n, heads, dim, seed=3).transpose(1, 2)
+
+    def rated(name: str, num_keys: float, call: Callable[[], object]) -> None:
+        ms = report.time(f"past of {n}: {name}", call, 9)
+        if ms:
+            report.add(f"past of {n}: {name}, TFLOP/s", 4 * n * num_keys * dim * heads / ms / 1e9)
+
+    def batch(length: int, num: int, rows: Tensor) -> object:
+        k, v = (x[: length * num].unflatten(0, (num, length)).transpose(1, 2) for x in (key, value))
+        return attention_module._cudnn(rows, k, v, False, scale)
+
+    for length in (2048, 4096, 8192, 12288, 24576, 28672):
+        rated(f"one of {length}", length, lambda length=length: batch(length, 1, q))
+    for length, num in ((8192, 2), (8192, 3), (12288, 2), (4096, 7), (2048, 2), (2048, 4)):
+        what = f"{num} of {length} at once"
+        rated(f"{what}, copied", length * num, lambda a=length, b=num: batch(a, b, q.repeat(b, 1, 1, 1)))
+        rated(f"{what}, not", length * num, lambda a=length, b=num: batch(a, b, q.expand(b, -1, -1, -1)))
+    rated(
+        "flash over 1876, heads folded",
+        1876,
+        lambda: attend_shared(grouped(q, kv_heads), key[:1876], value[:1876], scale),
+    )
+    pieces = merge(attention_module._attend_by_pieces(attention_module._cudnn, grouped(q, kv_heads), key, value, scale))
+    flash = merge(
+        [attention_module._attend_grouped(attention_module._flash_cuda, grouped(q, kv_heads), key, value, True, scale)]
+    )
+    report.add("pieces against flash", _gap(pieces, flash))
 
 
 def time_split_kv(report: Report) -> None:
@@ -792,7 +827,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "part",
-        choices=["right", "start", "kernels", "model", "upload", "streams", "between"],
+        choices=["right", "start", "kernels", "model", "upload", "streams", "between", "pieces"],
         help="a process each: one may break its GPU",
     )
     parser.add_argument("--model", default="qwen2.5-vl-3b")
@@ -809,6 +844,8 @@ def main() -> int:
         report.section("the start of an engine", lambda: check_start(report, args.model))
     elif args.part == "kernels":
         time_kernels(report)
+    elif args.part == "pieces":
+        report.section("attention to a past by pieces", lambda: time_pieces(report))
     elif args.part == "upload":
         report.section("pictures to the device", lambda: time_upload(report, args.model))
     elif args.part == "streams":
