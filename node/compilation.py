@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 CompileSetting = Literal["auto", "on", "off"]
 
 MIN_WEIGHTS_BYTES = 1 << 30  # below it a model is launched faster than it could be compiled
-TUNES_ONE_TOKEN = False  # its products as kernels that the compiler tries out, at some seconds for each
 MAX_VERSIONS = 64  # of one piece in one process
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 _CACHE_FOLDER = Path("~/.cache/onlooker/inductor")
@@ -109,10 +108,14 @@ def _cache_folder() -> Path:
 
 
 def compiled(piece: Callable[..., Any], backend: Any = "inductor") -> Callable[..., Any]:
-    """A piece compiled for any number of tokens, the first axis of its tensors."""
+    """A piece compiled for any number of tokens, the first axis of its tensors.
+
+    For one token the compiler makes kernels of its own of the products, and tries out how: they read the weights
+    faster than the library's, and what follows a product is part of it.
+    """
     fast: Any = torch.compile(piece, fullgraph=True, backend=backend)
     fast_for_one = fast
-    if TUNES_ONE_TOKEN and backend == "inductor":
+    if backend == "inductor":
         fast_for_one = torch.compile(piece, fullgraph=True, options={"coordinate_descent_tuning": True})
 
     def run(*args: Any) -> Any:
