@@ -9,10 +9,10 @@ from ..protocol.messages import Forecast, StageTimings, StreamStats
 from .options import StreamOptions
 
 
-def load_of(stages: StageTimings, chunk_frames: int, fps_encoded: float | None) -> float | UnsetType:
-    """Share of the time that chunks of these stages take, at a rate of frames."""
+def load_of(stages: StageTimings, chunks_per_s: float | None) -> float | UnsetType:
+    """Share of the time that chunks of these stages take; of a stream with a gate few of them are whole."""
     chunk_s = _chunk_s(stages)
-    return UNSET if chunk_s is UNSET or fps_encoded is None else chunk_s * fps_encoded / chunk_frames
+    return UNSET if chunk_s is UNSET or chunks_per_s is None else chunk_s * chunks_per_s
 
 
 def with_load(forecast: Forecast, options: StreamOptions, streams: Sequence[StreamStats]) -> Forecast:

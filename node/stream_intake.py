@@ -121,6 +121,7 @@ class StreamIntake:
         self._offline_after_s = OFFLINE_AFTER_S
         self._received_rate = Rate()
         self._encoded_rate = Rate()
+        self._chunk_rate = Rate()
         self._received_size: tuple[int, int] | UnsetType = UNSET
         self._encoded_size: tuple[int, int] | UnsetType = UNSET
         self._lag_ms: float | UnsetType = UNSET
@@ -310,6 +311,7 @@ class StreamIntake:
         self._num_padded += chunk.num_padded
         self._num_forgotten += encoded.num_forgotten_frames
         self._encoded_rate.add(self._now(), chunk.num_frames)
+        self._chunk_rate.add(self._now())
         self._encoded_size = encoded.encoded_size
         self._recent.append((chunk.decode_ms, encoded))
         newest = chunk.pictures[-1]
@@ -403,7 +405,6 @@ class StreamIntake:
         """The stream's telemetry; `cache` is the engine's part of it."""
         with self._lock:
             now, stages = self._now(), self._stages()
-            fps_encoded = self._encoded_rate.per_second(now)
             return StreamStats(
                 ts=time.time_ns(),
                 stream=self.name,
@@ -417,9 +418,9 @@ class StreamIntake:
                 received_size=self._received_size,
                 encoded_size=self._encoded_size,
                 fps_received=_or_unset(self._received_rate.per_second(now)),
-                fps_encoded=_or_unset(fps_encoded),
+                fps_encoded=_or_unset(self._encoded_rate.per_second(now)),
                 lag_ms=self._lag_ms,
-                load=load_of(stages, self.options.chunk_frames, fps_encoded),
+                load=load_of(stages, self._chunk_rate.per_second(now)),
                 degraded=self._degraded,
                 cache=cache,
                 frames=self._counters(),

@@ -27,9 +27,9 @@ FORECAST = Forecast(
 
 
 def test_the_load_of_a_stream_is_the_time_of_its_chunks_in_a_second():
-    assert load_of(STAGES, 4, 20.0) == pytest.approx(0.5)
-    assert load_of(StageTimings(), 4, 20.0) is UNSET
-    assert load_of(STAGES, 4, None) is UNSET
+    assert load_of(STAGES, 5.0) == pytest.approx(0.5)
+    assert load_of(StageTimings(), 5.0) is UNSET
+    assert load_of(STAGES, None) is UNSET
 
 
 def test_the_load_to_come_follows_from_the_tokens_of_the_chunks_that_were():

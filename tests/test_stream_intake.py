@@ -312,6 +312,15 @@ def test_nothing_waits_for_a_full_chunk_while_nothing_new_comes():
     assert front.seqs_in_flight == [[0, 1]] and front.counters.padded == 0
 
 
+def test_the_load_of_a_gated_stream_is_that_of_its_chunks_though_few_are_whole():
+    front = bench(gate=10.0, chunk_frames=8, max_in_flight=9)
+    for picture in (PIXELS, BRIGHT, PIXELS, BRIGHT):
+        front.show(*[picture] * 3)
+        front.settle()
+        front.now += 1.0
+    assert front.stats.load == pytest.approx(0.006)  # 6 ms, once a second
+
+
 def test_a_still_picture_passes_every_ten_seconds():
     front = bench(gate=10.0, max_in_flight=99)
     front.show(*[PIXELS] * 70, step_ms=500)
