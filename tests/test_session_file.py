@@ -179,6 +179,16 @@ def test_a_recording_of_something_else_says_so(path: Path) -> None:
         SessionReader(path)
 
 
+@pytest.mark.parametrize("topic", ["/requests/dream", "/replies/dream", "/telemetry/weather"])
+def test_a_recording_of_a_newer_version_says_so(path: Path, topic: str) -> None:
+    writer = Writer(str(path))
+    writer.start(library="onlooker")
+    writer.add_message(writer.register_channel(topic, "json", 0), 1, b"{}", 1)
+    writer.finish()
+    with pytest.raises(SessionError, match=f"newer version: {topic} is not known"):
+        entries(path)
+
+
 def test_a_damaged_recording_says_so(path: Path) -> None:
     content = bytearray(written(path, (JPEG, 0, bytes(range(256)) * 100)).read_bytes())
     place = content.index(bytes(range(256)))

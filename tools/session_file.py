@@ -256,14 +256,16 @@ class SessionReader:
                         raise SessionError(f"{self._path} has a picture without its header")
                     at_ns, numbered = headers.pop(stream)
                     yield FrameEntry(at_ns, numbered.header, numbered.seq, _payload(schema, message))
-                case ["requests", endpoint]:
+                case ["requests", endpoint] if endpoint in ENDPOINTS:
                     kind = RecordedRequest[ENDPOINTS[endpoint].request]
                     yield RequestEntry(message.log_time, endpoint, _decoded(kind, message))
-                case ["replies", endpoint]:
+                case ["replies", endpoint] if endpoint in ENDPOINTS:
                     kind = RecordedReply[ENDPOINTS[endpoint].reply]
                     yield ReplyEntry(message.log_time, endpoint, _decoded(kind, message))
-                case ["telemetry", kind, *_]:
+                case ["telemetry", kind, *_] if kind in _TELEMETRY:
                     yield TelemetryEntry(message.log_time, _decoded(_TELEMETRY[kind], message))
+                case ["requests" | "replies" | "telemetry", *_]:
+                    raise SessionError(f"{self._path} is of a newer version: {channel.topic} is not known here")
 
     def _messages(self, topics: list[str]) -> Iterator[tuple[Schema | None, Channel, Message]]:
         try:
