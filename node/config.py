@@ -371,7 +371,22 @@ class NodeConfig(BaseSettings):
                 self._check_stream(stream, names[:index])
             except ValueError as error:
                 raise ValueError(f"streams[{index}] ({stream.name}): {error}") from None
+        self._check_limits()
         return self
+
+    def _check_limits(self) -> None:
+        """Find before a model is loaded what would keep the streams from being added to it."""
+        num, limits = len(self.streams), self.limits
+        if num > limits.max_streams:
+            raise ValueError(
+                f"limits.max_streams: must be at least {num}, for that many streams, got {limits.max_streams}"
+            )
+        needed_bytes = sum(self.stream_options(stream).guaranteed_bytes for stream in self.streams)
+        if limits.max_memory_bytes is not None and needed_bytes > limits.max_memory_bytes:
+            given_bytes = int(limits.max_memory_bytes)
+            raise ValueError(
+                f"limits.max_memory_bytes: must be at least {needed_bytes}, for all streams, got {given_bytes}"
+            )
 
     def _check_exposure(self) -> None:
         if self.security.curve == "required" or self.security.insecure:

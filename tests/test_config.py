@@ -84,6 +84,15 @@ def test_what_is_commented_out_in_the_shipped_file_would_work(tmp_path: Path):
         ("questions = 3", "questions: "),
         ("limits.max_streams = 0", "limits.max_streams: input should be greater than or equal to 1, got 0"),
         ("limits.max_memory_bytes = 'much'", "limits.max_memory_bytes: "),
+        (
+            "limits.max_streams = 1\n[[streams]]\nname = 'a'\n[[streams]]\nname = 'b'",
+            "limits.max_streams: must be at least 2, for that many streams, got 1",
+        ),
+        (
+            "limits.max_memory_bytes = 10\n[[streams]]\nname = 'a'\nmemory_bytes = 9\nmin_memory_bytes = 6\n"
+            "[[streams]]\nname = 'b'\nmemory_bytes = 5",
+            "limits.max_memory_bytes: must be at least 11, for all streams, got 10",
+        ),
         ("dtype = 'float64'", "dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16', got 'float64'"),
         ("device = 'tpu'", "device: must be auto, cpu, cuda, cuda:N or balanced, got 'tpu'"),
         ("name = 'a b'", "name: "),
