@@ -86,6 +86,7 @@ class StreamMemory:
         self.model = model
         self._arena = _reserve(model, capacity)
         self._readings: list[Reading] = []
+        self._late: list[Reading] = []  # of storage that was the memory's once
         self._max_tokens = self._retention.max_tokens(capacity)
 
     def adjust(self, options: StreamOptions) -> None:
@@ -116,7 +117,9 @@ class StreamMemory:
         if len(rows) > max_tokens:
             raise ValueError(f"of the {len(rows)} tokens of the memory {max_tokens} fit into {memory_bytes} bytes")
         arena.take(self._arena, rows)
-        self._arena, self._readings = arena, []
+        self._late += self._readings
+        before, self._arena, self._readings = self._arena, arena, []
+        self._let_go(before)
         if starts_over:
             self.ledger.start_over()
         else:
@@ -131,7 +134,8 @@ class StreamMemory:
 
         Not left to the last reference: the traceback of a question that failed may hold one, in a cycle.
         """
-        self._arena.release()
+        for arena in {self._arena, *(reading.arena for reading in self._late)}:
+            arena.release()
         self._shown.clear()
         self._drop = None
         _release_cached(self.model.device)
@@ -157,6 +161,15 @@ class StreamMemory:
     def end_reading(self, reading: Reading) -> None:
         if reading.arena is self._arena:
             self._readings.remove(reading)
+        else:
+            self._late.remove(reading)
+            self._let_go(reading.arena)
+
+    def _let_go(self, arena: Arena) -> None:
+        """Give former storage back, unless somebody reads it still."""
+        if all(reading.arena is not arena for reading in self._late):
+            arena.release()
+            _release_cached(self.model.device)
 
     @property
     def is_read(self) -> bool:
