@@ -45,10 +45,15 @@ class Scratch:
     def arena(self) -> Arena:
         return self._arena
 
-    def capture_steps(self, model: VisionLanguageModel) -> None:
-        """Record the steps of this scratch as CUDA graphs, where that can be done. All slots must be free."""
+    def capture_steps(self, model: VisionLanguageModel) -> bool:
+        """Record the steps of this scratch as CUDA graphs; False where it can't be. All slots must be free."""
         assert self.num_free == self._num_slots, "the rows of an answer would be written to"
         self.steps = captured_steps(model, self._arena, self._num_slots)
+        return self.steps is not None
+
+    def launch_steps(self) -> None:
+        """Have steps run kernel by kernel."""
+        self.steps = None
 
     def take(self) -> Extent:
         """The rows of a free slot; there must be one."""

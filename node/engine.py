@@ -17,11 +17,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from msgspec import UNSET
 from msgspec.structs import replace
-from torch import Tensor
 
 from ..protocol.errors import ErrorCode, NodeError
 from ..protocol.forecast import Room, room_of
@@ -38,11 +36,11 @@ from ..protocol.messages import (
     Vram,
     or_unset,
 )
-from .answer import GrowingAnswer, decode, decode_tokens
+from .answer import GrowingAnswer, decode
 from .branch import Branch, Scratch
 from .choice import choose
-from .chunk import Chunk, ChunkRefused, Encoded, Picture, Unchanged
-from .compilation import Compilation, CompileSetting, should_compile
+from .chunk import Chunk, ChunkRefused, Encoded, Unchanged
+from .compilation import CompileSetting
 from .engine_protocol import ModelInfo, Relieve
 from .fairness import FairShare, Side
 from .forecast import forecast, within_room
@@ -51,7 +49,7 @@ from .memory import Addition, Plan, StreamMemory, append_together
 from .model import VisionLanguageModel, load_model
 from .options import StreamOptions
 from .pieces import MAX_TOKENS
-from .steps import QUESTION_SIZES, sizes_up_to
+from .rehearsal import warm_up
 from .upload import Upload, Uploader
 from .vram import VramMeter
 
@@ -63,11 +61,6 @@ _IDLE_S = 0.25  # how often an idle engine comes round: for deadlines, and to sh
 _VRAM_PERIOD_S = 1.0
 _MAX_QUESTION_CHARS = 8192
 _MAX_OPTIONS = 32
-_WARM_UP_TOKENS = 1024
-_WARM_UP_SIDE = 6  # tokens: more than one window of the vision tower, and parts of windows
-_WARM_UP_TEXT = "What? " * QUESTION_SIZES[-1]  # at least a token a word
-# Of the largest logit: how far apart two orders of summation may come out in some layers.
-_MAX_STEP_GAP = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 MAX_MARKS = 256
 _MAX_TOGETHER = 4  # streams; more of them make their chunks wait for longer than they gain
 _STOPPED = "the engine has stopped"
@@ -187,78 +180,9 @@ class Engine:
         )
 
     def warm_up(self, compile: CompileSetting = "auto") -> None:
-        """Encode and answer on memories that are thrown away, before `start`.
-
-        What a device loads, compiles, captures or reserves at its first use, it does now and not on the first
-        frame. What fails of it is in the log, and costs speed alone.
-        """
-        model = self._model
-        _use_device(model.device)
-        model.choose_kernels()
-        expected = self._rehearse()
-        compilation = None
-        if should_compile(compile, model.device, self._weights_bytes):
-            compilation = Compilation(model.tower, model.language)
-            if compilation.use(self._rehearse) and not self._computes("compiled layers", expected):
-                compilation.give_up()
-        self._scratch.capture_steps(model)
-        self._check_steps(expected)
-        if model.record_chunks() and not self._computes("captured chunks", expected):
-            model.launch_chunks()
-        if compilation is not None:
-            compilation.finish()
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()  # what compilers tried out, and activations of other sizes than a stream's
-
-    def _rehearse(self) -> Tensor:
-        """Two chunks, and steps of every size, of questions and of answers; returns all logits (num, vocabulary)."""
-        model, num_bytes = self._model, _WARM_UP_TOKENS * self._model.kv_shape.bytes_per_token
-        side = _WARM_UP_SIDE * model.geometry.factor
-        options = StreamOptions("warm-up", chunk_frames=4, encode_size=(side, side), memory_bytes=num_bytes)
-        memory = StreamMemory(model, options)
-        pixels = np.zeros((side, side, 3), np.uint8)
-        for first in (0, 4):
-            memory.append(Chunk(tuple(Picture(pixels, seq, 0, "media", 0) for seq in range(first, first + 4))))
-        branches: list[Branch] = []
-        try:
-            for _ in range(self._max_running):
-                branches.append(Branch(model, memory, memory.now, self._scratch))
-            return torch.stack(self._rehearse_questions(memory, branches))
-        finally:
-            for branch in branches:
-                branch.close()
-
-    def _rehearse_questions(self, memory: StreamMemory, branches: list[Branch]) -> list[Tensor]:
-        logits: list[Tensor] = []
-        sizes = sizes_up_to(len(branches))
-        whole = memory.layout.question(memory.now.layout, _WARM_UP_TEXT)
-        for num in QUESTION_SIZES:
-            if not logits or branches[0].num_own + num + len(sizes) <= branches[0].slot_tokens:
-                logits.append(branches[0].prefill(whole.first(num)))
-        token = int(logits[0].argmax())
-        for num in sizes:
-            logits += decode_tokens(self._model, [(token, branch) for branch in branches[:num]]).clone()
-        branches[0].continuations(np.full((2, 3), token), np.full((2, 3), token))
-        return logits
-
-    def _computes(self, what: str, expected: Tensor) -> bool:
-        """Whether a rehearsal gives what it gave kernel by kernel; the log says where it does not."""
-        bound = _MAX_STEP_GAP[self._model.dtype] * float(expected.abs().max())
-        try:
-            gap = float((self._rehearse() - expected).abs().max())
-        except Exception:
-            logger.exception("%s failed: they are not used", what)
-            return False
-        if not gap <= bound:
-            logger.error("%s are off by %g, at most %g was expected: they are not used", what, gap, bound)
-            return False
-        logger.info("%s are off by %g at most, and up to %g was expected", what, gap, bound)
-        return True
-
-    def _check_steps(self, expected: Tensor) -> None:
-        """Give up captured steps that do not compute what the layers compute kernel by kernel."""
-        if self._scratch.steps is not None and not self._computes("captured steps", expected):
-            self._scratch.steps = None
+        """Do now, before `start`, what would otherwise be done on the first frame; see `rehearsal`."""
+        _use_device(self._model.device)
+        warm_up(self._model, self._scratch, compile)
 
     def start(self) -> None:
         self._thread.start()

@@ -830,11 +830,3 @@ def test_after_a_storm_each_memory_is_that_of_its_surviving_chunks(engine: Engin
             never_disturbed.append(each)
         assert the_memory(engine, name).now == never_disturbed.now
         assert are_equal(rows(the_memory(engine, name)), rows(never_disturbed))
-
-
-def test_warming_up_leaves_nothing_behind(model: DirectedModel):
-    engine = Engine(model, max_concurrent_questions=2)
-    engine.warm_up()
-    assert engine.streams() == []
-    assert engine.question_counters().received == 0
-    assert engine._scratch.num_free == 2

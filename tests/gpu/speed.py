@@ -50,6 +50,7 @@ from onlooker.node.options import StreamOptions
 from onlooker.node.passes import Prefill
 from onlooker.node.published import build_published
 from onlooker.node.random_checkpoint import write_checkpoint
+from onlooker.node.rehearsal import Rehearsal
 from onlooker.node.split_kv import Row, SplitAttention, attend_rows
 from onlooker.node.upload import Uploader, upload
 from onlooker.node.verify import verify
@@ -189,11 +190,12 @@ def check_steps(report: Report) -> None:
             steps = engine._scratch.steps
             report.add(f"{family}: steps captured", steps is not None)
             engine._scratch.steps = None
-            plain = engine._rehearse()  # also after a capture that failed
+            rehearsal = Rehearsal(engine._model, engine._scratch)
+            plain = rehearsal.play()  # also after a capture that failed
             report.add(f"{family}: plain steps are numbers", bool(plain.isfinite().all()))
             if steps is not None:
                 engine._scratch.steps = steps
-                report.add(f"{family}: captured against not", _gap(engine._rehearse(), plain))
+                report.add(f"{family}: captured against not", _gap(rehearsal.play(), plain))
 
 
 def check_gate(report: Report) -> None:
@@ -561,7 +563,7 @@ def time_engine(report: Report, model: VisionLanguageModel) -> None:
     engine = Engine(model)
     began = time.monotonic()
     engine._scratch.capture_steps(model)
-    engine._rehearse()
+    Rehearsal(model, engine._scratch)
     report.add("engine: warm-up without compiling, s", time.monotonic() - began)
     engine.start()
     engine.add_stream(StreamOptions("cam", memory_bytes=6 << 30)).result()
