@@ -41,7 +41,7 @@ def test_everything_holds_with_a_node_that_keeps_its_promises(report: demo.Repor
     assert report.stream.frames.encoded == report.played.sent == 10
 
 
-def test_three_questions_are_asked_the_first_before_all_is_seen(report: demo.Report) -> None:
+def test_its_questions_are_asked_the_first_before_all_is_seen(report: demo.Report) -> None:
     assert [each.question for each in report.asked] == [question.text for question in ABOUT_THE_CLIP]
     assert report.asked[0].reply.memory.num_frames < report.asked[1].reply.memory.num_frames == 10
     assert report.asked[2].answer in report.asked[2].options
@@ -106,11 +106,12 @@ def test_bytes_that_are_not_those_of_the_tokens_fail_the_demo(logical_bytes: int
 
 
 def test_what_is_right_depends_on_what_was_seen() -> None:
-    truths = [question.truth for question in ABOUT_THE_CLIP]
+    *truths, when = [question.truth for question in ABOUT_THE_CLIP]
     answers = [[truth(demo.things_seen(num)) for truth in truths if truth] for num in (4, 8, 9, 24)]
     assert answers[0] == answers[1] == ["red", "a red circle", "a red circle"]
     assert answers[2] == ["blue", "a red circle, a blue square", "a blue square"]
     assert answers[3] == ["green", "a red circle, a blue square, a green triangle", "a green triangle"]
+    assert when is not None and when(demo.things_seen(24)) == "at 2 seconds"
 
 
 def test_a_wrong_answer_fails_the_demo() -> None:

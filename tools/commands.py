@@ -22,7 +22,7 @@ class Entry:
 
 
 COMMANDS = {
-    "demo": Entry("demo", "Show it all in one terminal: a node, a clip, three questions, the telemetry."),
+    "demo": Entry("demo", "Show it all in one terminal: a node, a clip, four questions, the telemetry."),
     "node": Entry("node", "Run a node."),
     "verify": Entry("verify", "Prove on this machine that the memory and the answers are exact."),
     "qa": Entry("qa", "Ask a node questions with known answers, and score what it says."),

@@ -1,6 +1,6 @@
 """`onlooker demo`: everything at once, in one terminal.
 
-A node with the built-in model is started on the CPU. A clip is made and replayed into it over the wire, three
+A node with the built-in model is started on the CPU. A clip is made and replayed into it over the wire, four
 questions are asked, the first of them while pictures are still coming, and the telemetry is watched. Then every figure
 is checked.
 """
@@ -71,6 +71,9 @@ ABOUT_THE_CLIP = (
     Question("What colour is the shape?", truth=lambda seen: seen[-1].split()[0]),
     Question("Which shapes have you seen so far?", truth=lambda seen: ", ".join(f"a {thing}" for thing in seen)),
     Question("What was the last shape?", tuple(f"a {thing}" for thing in THINGS), truth=lambda seen: f"a {seen[-1]}"),
+    Question(
+        "When did the blue square appear?", truth=lambda seen: f"at {seen.index('blue square') * SHOW_S:.0f} seconds"
+    ),
 )
 ABOUT_ANYTHING = (
     Question("What can be seen?"),
@@ -118,7 +121,7 @@ def demo(
     ] = None,
     is_json: JsonOption = False,
 ) -> None:
-    """Show it all in one terminal: a node, a clip, three questions, the telemetry."""
+    """Show it all in one terminal: a node, a clip, four questions, the telemetry."""
     require_node()
     # SIGTERM ends it as Ctrl-C does, and takes the node along.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
