@@ -11,7 +11,8 @@ from deadline import until
 from fakes import FakeEngine
 from nodes import RawClient, remember, running_node
 
-from onlooker.node.node import ENGINE_CHECK_S, Node
+from onlooker.node import node as node_module
+from onlooker.node.node import Node
 from onlooker.protocol.codec import encode_frame
 from onlooker.protocol.endpoints import ENDPOINTS
 from onlooker.protocol.messages import Event, FrameHeader
@@ -107,14 +108,15 @@ class StuckEngine(FakeEngine):
     progress_age_ms = 10_001.0  # type: ignore[assignment]
 
 
-def test_an_engine_that_does_not_come_round_is_not_ready_and_the_node_goes_on():
+def test_an_engine_that_does_not_come_round_is_not_ready_and_the_node_goes_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(node_module, "ENGINE_CHECK_S", 0.1)
     with StuckEngine() as engine, running_node(engine) as node, RawClient(node.endpoints["control"]) as client:
         pong = client.ok("ping")
         assert (pong["live"], pong["ready"], pong["engine_progress_age_ms"]) == (True, False, 10_001.0)
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(node.run)
             with pytest.raises(TimeoutError):
-                running.result(1.5 * ENGINE_CHECK_S)  # an end of the engine would be noticed
+                running.result(1.5 * node_module.ENGINE_CHECK_S)  # an end of the engine would be noticed
             node.request_stop()
             running.result(5)
 

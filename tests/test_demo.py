@@ -27,9 +27,9 @@ from onlooker.tools.video import read_video
 from onlooker.tools.watch import View
 
 
-@pytest.fixture
-def report(tmp_path: Path) -> demo.Report:
-    clip = write_clip(tmp_path / "clip.mp4", 10)
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> demo.Report:
+    clip = write_clip(tmp_path_factory.mktemp("demo") / "clip.mp4", 10)
     with FakeEngine() as engine, running_node(engine, streams=[{"name": "demo"}], telemetry__period_s=0.1) as node:
         return demo.play_and_ask(clip, ABOUT_THE_CLIP, node.endpoints)
 

@@ -50,7 +50,7 @@ def test_fused_products_are_those_of_the_parts_and_take_no_memory_of_their_own()
     assert {part.weight.untyped_storage().data_ptr() for part in parts} == {weight.untyped_storage().data_ptr()}
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if not family.endswith("moe")])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])  # before them, layers were those of the first
 def test_all_layers_are_one_graph_for_the_compiler(checkpoints: Checkpoints, family: str):
     language = checkpoints.model(family).language
     graphs: list[Any] = []

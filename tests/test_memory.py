@@ -8,7 +8,8 @@ import torch
 from checkpoints import FAMILIES, Checkpoints, DirectedModel, are_equal, arena, chunk, memory, rows
 from msgspec import UNSET
 
-from onlooker.node.arena import Arena
+from onlooker.node import memory as memory_module
+from onlooker.node.arena import Arena, KVShape
 from onlooker.node.chunk import Chunk, ChunkRefused
 from onlooker.node.layout import LAYOUTS, LayoutState, Patches
 from onlooker.node.memory import Addition, StreamMemory, append_together
@@ -272,15 +273,21 @@ def test_a_budget_below_one_token_is_refused(model: DirectedModel):
         StreamMemory(model, StreamOptions("front", memory_bytes=model.kv_shape.bytes_per_token - 1))
 
 
-def test_memory_that_cannot_be_reserved_is_a_memory_error_that_holds_on_to_nothing(model: DirectedModel):
-    def num_arenas() -> int:
-        gc.collect()
-        return sum(type(thing) is Arena for thing in gc.get_objects())
+def test_memory_that_cannot_be_reserved_is_a_memory_error_that_holds_on_to_nothing(
+    model: DirectedModel, monkeypatch: pytest.MonkeyPatch
+):
+    arenas: list[weakref.ref[Arena]] = []
 
-    before = num_arenas()
+    class NotedArena(Arena):
+        def __init__(self, shape: KVShape, capacity: int) -> None:
+            arenas.append(weakref.ref(self))
+            super().__init__(shape, capacity)
+
+    monkeypatch.setattr(memory_module, "Arena", NotedArena)
     with pytest.raises(MemoryError, match="cannot reserve") as refused:
         StreamMemory(model, StreamOptions("front", memory_bytes=1 << 60))
-    assert refused.value.__cause__ is not None and num_arenas() == before
+    gc.collect()
+    assert refused.value.__cause__ is not None and [arena() for arena in arenas] == [None]
 
 
 # Figures

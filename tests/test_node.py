@@ -290,7 +290,8 @@ def test_two_nodes_cannot_share_an_ipc_endpoint(tmp_path: Path):
         pass
 
 
-def test_a_node_does_not_outlive_its_engine():
+def test_a_node_does_not_outlive_its_engine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(node_module, "ENGINE_CHECK_S", 0.05)
     engine = FakeEngine()
     with running_node(engine) as node:
         engine.is_ready = False

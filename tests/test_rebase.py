@@ -151,10 +151,10 @@ def test_values_and_the_opening_keep_their_bits(model: ShortSighted):
 @pytest.mark.parametrize("retention", FORGETFUL)
 def test_a_stream_that_forgets_never_ends(model: ShortSighted, retention: str):
     stream = memory(model, retention)
-    for i in range(120):
+    for i in range(60):
         stream.append(chunk(8 * i))
         assert stream.info().positions_used <= HORIZON and not stream.info().full
-    assert stream.now.num_seen == 120 and stream.now.until_stream_ns == 953 * FRAME_NS
+    assert stream.now.num_seen == 60 and stream.now.until_stream_ns == 473 * FRAME_NS
 
 
 def test_keys_rotate_seldom(model: ShortSighted):

@@ -329,14 +329,14 @@ def test_a_node_that_dies_ends_in_a_summary_and_an_error(
 ) -> None:
     with running_node(engine) as node:
         ends = endpoint_flags(node, "frames", "control")
-        command = start_onlooker("replay", clip, "--loops", 3, "--rate", 4, "--timeout", 1, *flags, *ends)
+        command = start_onlooker("replay", clip, "--loops", 3, "--rate", 4, "--timeout", 0.5, *flags, *ends)
         until(lambda: engine.pictures("front"), 20)
     with command:
         out, err = command.communicate(timeout=20)
     assert command.returncode == 3
     assert re.match(r"front: \d+ frames ", out)
     assert "no reply from" in err
-    assert "within 1 s" in err
+    assert "within 0.5 s" in err
 
 
 def test_a_playback_counts_the_frames_that_nobody_listened_to(clip: Path) -> None:

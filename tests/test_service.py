@@ -14,6 +14,7 @@ import pytest
 from fakes import FakeEngine
 from nodes import FREE_PORTS, running_node
 
+from onlooker.node import node as node_module
 from onlooker.node.service import Service
 from onlooker.protocol.messages import Pong
 
@@ -115,7 +116,11 @@ def test_a_socket_of_another_kind_is_said(caplog: pytest.LogCaptureFixture) -> N
 
 
 @pytest.mark.parametrize(("age_ms", "is_put_off"), [(5.0, True), (12_000.0, False)])
-def test_the_watchdog_follows_the_progress_of_the_engine(manager: Manager, age_ms: float, is_put_off: bool) -> None:
+def test_the_watchdog_follows_the_progress_of_the_engine(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch, age_ms: float, is_put_off: bool
+) -> None:
+    monkeypatch.setattr(node_module, "ENGINE_CHECK_S", 0.05)
+
     class Engine(FakeEngine):
         @property
         def progress_age_ms(self) -> float:

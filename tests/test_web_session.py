@@ -14,6 +14,7 @@ from onlooker.protocol.client import NodeClient
 from onlooker.protocol.errors import AuthError, ClosedError, ErrorCode, NodeError, NoReplyError
 from onlooker.protocol.messages import Answer, Choice, Event
 from onlooker.protocol.telemetry import TelemetrySubscriber
+from onlooker.tools import web_session
 from onlooker.tools.web_session import MAX_QUESTIONS, MAX_SAMPLES, Knowledge, Question, Session, in_words
 
 
@@ -30,7 +31,8 @@ def node(engine: FakeEngine) -> Iterator[Node]:
 
 
 @pytest.fixture
-def session(node: Node) -> Iterator[Session]:
+def session(node: Node, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+    monkeypatch.setattr(web_session, "MARKS_PERIOD_S", 0.05)
     places = node.endpoints
     client = NodeClient(places["ask"], places["control"], timeout_s=5.0)
     with Session(client, partial(TelemetrySubscriber, places["telemetry"]), places["telemetry"]) as session:

@@ -124,7 +124,7 @@ def test_what_is_no_video_is_told_before_a_stream_is_added(
 
 
 def test_a_node_that_goes_away_ends_the_player_with_a_word(node: Node, sources: Sources, clip: str) -> None:
-    player = playing(sources, clip, 2.0)
+    player = playing(sources, clip, 4.0)
     until(lambda: player.position and player.position.num_sent)
     node.close()
     until(lambda: player.state == "failed")
