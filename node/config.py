@@ -197,6 +197,11 @@ class StreamLimits(_Section):
         description="for all memories; without it, on the CPU half of what the machine has left",
         examples=["8GiB"],
     )
+    max_load: Annotated[float, BeforeValidator(_whole_number), Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="share of the engine's time that their chunks may take, as far as foreseen; without it, any",
+        examples=[0.9],
+    )
 
 
 class StreamDefaults(_Section):

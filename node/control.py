@@ -26,7 +26,7 @@ from ..protocol.messages import (
     StreamSpec,
 )
 from .degradation import Degradation
-from .load import with_load
+from .load import check_load, with_load
 from .options import StreamOptions
 from .requests import Call, Endpoint, Steps
 from .state import NodeState
@@ -179,13 +179,15 @@ class Control:
 
     def _begin_stream(self, options: StreamOptions) -> Generator[Future[Any], Any, Forecast]:
         engine, intake = self._state.engine, self._state.intake
-        forecast = yield engine.add_stream(options)
+        streams = intake.stream_stats()
+        forecast = with_load((yield engine.add_stream(options)), options, streams)
         try:
+            check_load(forecast, streams, self._state.config.limits.max_load)
             intake.add_stream(options)
         except NodeError:
             yield engine.remove_stream(options.name)
             raise
-        return with_load(forecast, options, intake.stream_stats())
+        return forecast
 
     def remove_stream(self, stream: str) -> Steps[Empty]:
         """Take in no more frames of a stream, then free its memory."""

@@ -5,6 +5,7 @@ from statistics import fmean
 
 from msgspec import UNSET, UnsetType, structs
 
+from ..protocol.errors import ErrorCode, NodeError
 from ..protocol.messages import Forecast, StageTimings, StreamStats
 from .options import StreamOptions
 
@@ -25,6 +26,24 @@ def with_load(forecast: Forecast, options: StreamOptions, streams: Sequence[Stre
         return forecast
     tokens_per_second = forecast.footprint.tokens_per_chunk * options.fps / options.chunk_frames
     return structs.replace(forecast, load=tokens_per_second * fmean(token_s))
+
+
+def check_load(forecast: Forecast, streams: Sequence[StreamStats], max_load: float | None) -> None:
+    """Raise NodeError for a stream whose chunks ask for more of the time than others leave of `max_load`, with figures.
+
+    A load that is not known is none.
+    """
+    if max_load is None or forecast.load is UNSET:
+        return
+    others = sum(stats.load for stats in streams if stats.load is not UNSET)
+    if forecast.load + others <= max_load:
+        return
+    raise NodeError(
+        ErrorCode.TOO_LARGE if forecast.load > max_load else ErrorCode.BUSY,
+        f"its chunks would take {forecast.load:.2f} of the engine's time beside {others:.2f} of other streams, and"
+        f" all may take {max_load:g} (limits.max_load)",
+        details={"load": forecast.load, "others_load": others, "max_load": max_load},
+    )
 
 
 def _chunk_s(stages: StageTimings) -> float | UnsetType:

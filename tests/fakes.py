@@ -51,6 +51,7 @@ from onlooker.protocol.messages import (
     Provenance,
     QuestionCounters,
     Vram,
+    or_unset,
 )
 
 TOKENS_PER_FRAME = 4
@@ -388,6 +389,7 @@ class FakeEngine:
             footprint=footprint,
             num_chunks=self.capacity_tokens // per_chunk,
             limit="memory",
+            encode_size=or_unset(options.encode_size),
         )
 
     def streams(self) -> list[str]:

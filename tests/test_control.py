@@ -241,6 +241,19 @@ def test_streams_are_added_until_their_number_is_reached(engine: FakeEngine):
         assert sorted(engine.streams()) == ["c", "front"]
 
 
+def test_a_stream_that_there_is_no_time_for_is_refused_and_leaves_nothing_behind(engine: FakeEngine):
+    spec = {"stream": "b", "encode_width": 64, "encode_height": 32}
+    with running_node(engine, limits__max_load=0.5) as node, RawClient(node.endpoints["control"]) as client:
+        with Camera(node.endpoints["frames"]) as camera:
+            camera.publish(4)
+            until(lambda: "preprocess_ms" in client.ok("streams")["streams"][0]["stages"])
+        error = client.error("stream_add", spec | {"fps": 1e6})
+        assert (error["code"], error["details"]["max_load"]) == ("TOO_LARGE", 0.5)
+        assert error["details"]["load"] > 0.5 and engine.streams() == ["front"]
+        client.ok("stream_add", spec | {"fps": 0.1})
+        assert sorted(engine.streams()) == ["b", "front"]
+
+
 def test_streams_are_added_until_their_memory_is_taken(engine: FakeEngine):
     limits = {"limits__max_memory_bytes": "3MiB", "stream_defaults__memory_bytes": "2MiB"}
     with running_node(engine, **limits) as node, RawClient(node.endpoints["control"]) as client:

@@ -1,9 +1,10 @@
 import pytest
-from msgspec import UNSET
+from msgspec import UNSET, structs
 from records import stream_stats
 
-from onlooker.node.load import load_of, with_load
+from onlooker.node.load import check_load, load_of, with_load
 from onlooker.node.options import StreamOptions
+from onlooker.protocol.errors import NodeError
 from onlooker.protocol.messages import Footprint, Forecast, StageTimings
 
 STAGES = StageTimings(preprocess_ms=10.0, vision_ms=60.0, prefill_ms=30.0)
@@ -38,3 +39,19 @@ def test_the_load_to_come_follows_from_the_tokens_of_the_chunks_that_were():
     assert with_load(FORECAST, options, seen).load == pytest.approx(50 * 2 * 0.1 / 125)
     assert with_load(FORECAST, options, []).load is UNSET
     assert with_load(FORECAST, StreamOptions("front"), seen).load is UNSET
+
+
+@pytest.mark.parametrize(
+    ("load", "max_load", "code"),
+    [(0.4, 0.9, None), (0.5, 0.9, "BUSY"), (0.95, 0.9, "TOO_LARGE"), (9.0, None, None), (UNSET, 0.1, None)],
+)
+def test_a_stream_that_asks_for_more_time_than_is_left_is_refused_with_the_figures(load, max_load, code):
+    streams = [stream_stats(load=0.2), stream_stats(load=0.25), stream_stats()]
+    forecast = structs.replace(FORECAST, load=load)
+    if code is None:
+        check_load(forecast, streams, max_load)
+        return
+    with pytest.raises(NodeError, match="of the engine's time") as refused:
+        check_load(forecast, streams, max_load)
+    assert refused.value.code == code
+    assert refused.value.details == {"load": load, "others_load": pytest.approx(0.45), "max_load": max_load}
