@@ -270,7 +270,7 @@ def _cudnn(q: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor,
 def time_pieces(report: Report) -> None:
     """A chunk's queries over a past by cuDNN: piece by piece, several as a batch, and whole."""
     n, kv_heads, heads, dim, scale = NUM_QUERIES[0], 2, 16, 128, 128**-0.5
-    key, value = (_rand(7 * 4096 + n, kv_heads, dim, seed=seed) for seed in (1, 2))
+    key, value = (_rand(7 * 4096 + n, kv_heads, dim, seed=seed) for seed in (1, 2))  # room for 34,054 keys
     q = _rand(1, n, heads, dim, seed=3).transpose(1, 2)
 
     def rated(name: str, num_keys: float, call: Callable[[], object]) -> None:
@@ -293,11 +293,40 @@ def time_pieces(report: Report) -> None:
         1876,
         lambda: attend_shared(grouped(q, kv_heads), key[:1876], value[:1876], scale),
     )
+    for num_keys, longest in ((28_500, 32_768), (20_000, 32_768), (3924, 4096), (1876, 2048)):
+        report.section(
+            f"{num_keys} of at most {longest} keys",
+            lambda a=num_keys, b=longest: _time_up_to(report, q, key, value, a, b),
+        )
     pieces = merge(attention_module._attend_by_pieces(attention_module._cudnn, grouped(q, kv_heads), key, value, scale))
     flash = merge(
         [attention_module._attend_grouped(attention_module._flash_cuda, grouped(q, kv_heads), key, value, True, scale)]
     )
     report.add("pieces against flash", _gap(pieces, flash))
+
+
+def _time_up_to(report: Report, q: Tensor, key: Tensor, value: Tensor, num_keys: int, longest: int) -> None:
+    """cuDNN told how many keys there are of at most so many: is one build enough for all lengths, and is it right?"""
+    rows, scale = q[0].transpose(0, 1).contiguous(), q.shape[-1] ** -0.5
+    bounds = [torch.tensor([0, num], device=CUDA, dtype=torch.int32) for num in (len(rows), num_keys)]
+
+    def attend(num_keys: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.aten._cudnn_attention_forward(
+            rows, key, value, None, bounds[0], num_keys, len(rows), longest, True, 0.0, False, False, scale=scale
+        )
+
+    report.time(f"{num_keys} of at most {longest} keys", lambda: attend(bounds[1]))
+    out, lse, *_ = attend(bounds[1])
+    past = (x[:num_keys].transpose(0, 1)[None] for x in (key, value))
+    wanted, wanted_lse = attention_module._flash_cuda(q, *past, False, scale)
+    report.add(f"{num_keys} of at most {longest} keys, off by", _gap(out, wanted[0].transpose(0, 1)))
+    report.add("log-sum-exp", f"{tuple(lse.shape)}, where flash has {tuple(wanted_lse.shape)}")
+    fewer = torch.tensor([0, num_keys - 7], device=CUDA, dtype=torch.int32)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    attend(fewer)
+    torch.cuda.synchronize()
+    report.add("first call of another length, ms", (time.perf_counter() - began) * 1e3)
 
 
 def time_split_kv(report: Report) -> None:
