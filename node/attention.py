@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ LONG_QUERY = 1024  # new tokens from which on attention over the past takes long
 # Of a past, the longest first: length, and how many are one call, so that they fill a card to the end. A kernel takes
 # a quarter of a second to be built for each.
 PIECES = ((8192, 4), (8192, 2), (8192, 1), (2048, 2), (2048, 1))
+_TILE = 128  # queries that such a kernel takes at a time in any case
 MAX_PARTIALS = 6  # kept of a past by pieces, each as large as the queries; more are merged on the way
 
 _aten = torch.ops.aten
@@ -69,15 +71,17 @@ def attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Pa
     return Partial(out.unflatten(0, shape), lse.unflatten(0, shape))
 
 
-def attend_recent(query: Tensor, key: Tensor, value: Tensor, scale: float) -> list[Partial]:
+def attend_recent(query: Tensor, key: Tensor, value: Tensor, scale: float, *, n_varies: bool = False) -> list[Partial]:
     """Attend from the newest tokens of a segment to all of it: they see what was before them, and each other causally.
 
     query (1, kv_heads, group, n, head_dim); key, value (kv_len, kv_heads, head_dim), the last n of them the new
-    tokens' own. As many partials as the kernel has it.
+    tokens' own. As many partials as the kernel has it. With `n_varies` no kernel is used that is built for each n.
     """
-    n = query.shape[3]
-    if n >= LONG_QUERY and (kernel := long_kernel(query.device, query.dtype, *query.shape[1:3], query.shape[4])):
-        return _attend_by_pieces(kernel, query, key, value, scale)
+    _, num_kv_heads, group, n, head_dim = query.shape
+    if n >= LONG_QUERY and not n_varies:
+        kernel = long_kernel(query.device, query.dtype, num_kv_heads, group, head_dim)
+        if kernel is not None:
+            return _attend_by_pieces(kernel, query, key, value, scale)
     num_past = key.shape[0] - n
     if _kernel(query) is _flash_cuda and _flash_reads_recent(query.device, query.dtype):
         return [_attend_grouped(_flash_cuda, query, key, value, True, scale)]
@@ -89,9 +93,12 @@ def attend_recent(query: Tensor, key: Tensor, value: Tensor, scale: float) -> li
 
 
 def _attend_by_pieces(kernel: "Kernel", query: Tensor, key: Tensor, value: Tensor, scale: float) -> list[Partial]:
-    """`attend_recent` by a kernel that is built anew for each length: it is given the past in few lengths."""
-    first, partials = 0, []
-    num_past = key.shape[0] - query.shape[3]
+    """`attend_recent` by a kernel that is built anew for each length: it is given the past, and n, in few lengths."""
+    n = query.shape[3]
+    first, num_past, partials = 0, key.shape[0] - n, []
+    own_key, own_value = (F.pad(x[num_past:], (0, 0, 0, 0, 0, -n % _TILE)) for x in (key, value))
+    query = F.pad(query, (0, 0, 0, -n % _TILE))
+    _build_pieces(kernel, query.device, query.dtype, query.shape)
     for length, num in PIECES:
         while num_past - first >= length * num:
             some = slice(first, first + length * num)
@@ -102,8 +109,22 @@ def _attend_by_pieces(kernel: "Kernel", query: Tensor, key: Tensor, value: Tenso
                 partials = [_joined(partials)]
     if first < num_past:
         partials.append(attend_shared(query, key[first:num_past], value[first:num_past], scale))
-    partials.append(_attend_grouped(kernel, query, key[num_past:], value[num_past:], True, scale))
-    return partials
+    partials.append(_attend_grouped(kernel, query, own_key, own_value, True, scale))
+    return [Partial(out[..., :n, :], lse[..., :n]) for out, lse in partials]
+
+
+@cache
+def _build_pieces(kernel: "Kernel", device: torch.device, dtype: torch.dtype, shape: torch.Size) -> None:
+    """Have all pieces of a past built for queries of one shape at once, and not one by one while a past grows."""
+    began = time.monotonic()
+    query = torch.zeros(shape, device=device, dtype=dtype)
+    key = torch.zeros(max(length * num for length, num in PIECES), shape[1], shape[-1], device=device, dtype=dtype)
+    for length, num in PIECES:
+        keys = key[: length * num].unflatten(0, (num, length))
+        _attend_pieces(kernel, query, keys, keys, 1.0)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    logger.info("attention of %d tokens to their past was built in %.1f s", shape[3], time.monotonic() - began)
 
 
 def _attend_pieces(kernel: "Kernel", query: Tensor, key: Tensor, value: Tensor, scale: float) -> list[Partial]:

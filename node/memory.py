@@ -233,7 +233,7 @@ class StreamMemory:
         part = Part(
             [picture.pixels for picture in chunk.pictures] if upload is None else upload.pixels(),
             span,
-            Prefill([self._arena.extent(0, now.num_tokens)], (self._arena, now.num_tokens)),
+            Prefill([self._arena.extent(0, now.num_tokens)], (self._arena, now.num_tokens), n_varies=drop is not None),
             None if drop is None else partial(drop.sift, grid=grid, number=now.num_seen),
         )
         return _Placed(chunk, size, patches, layout, part, again_ms)

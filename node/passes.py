@@ -26,7 +26,11 @@ class Prefill(MemoryPass):
     extents and its own tokens; then nothing is written.
     """
 
-    def __init__(self, reads: Sequence[Extent], writes_to: tuple[Arena, int] | None = None) -> None:
+    def __init__(
+        self, reads: Sequence[Extent], writes_to: tuple[Arena, int] | None = None, *, n_varies: bool = False
+    ) -> None:
+        """With `n_varies` each pass like this one has another number of tokens."""
+        self._n_varies = n_varies
         self._reads = [extent for extent in reads if extent.num_tokens]
         self._writes_to = writes_to
         self._first = 0  # of the rows that end with the new ones, all of them seen
@@ -44,7 +48,7 @@ class Prefill(MemoryPass):
         assert key.shape[0] == 1, "only one row can be written"
         arena.write(layer, start, key[0], value[0])
         rows = arena.extent(self._first, start + key.shape[2]).rows(layer)
-        return merge([*partials, *attend_recent(query, *rows, scale)])
+        return merge([*partials, *attend_recent(query, *rows, scale, n_varies=self._n_varies)])
 
 
 class Together(MemoryPass):

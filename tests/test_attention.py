@@ -160,36 +160,29 @@ def test_a_float32_query_row_is_the_same_alone_and_among_others():
         assert distance(alone[0], together[row]) <= 1e-6
 
 
-@pytest.mark.parametrize("num_past", [0, 100, 2048, 8192 + 2 * 2048 + 3])
-def test_a_past_in_pieces_is_attended_to_as_a_whole(num_past: int):
-    def sharing(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        """As kernels of a GPU are: K/V heads are shared among query heads."""
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return attention._unfused(q, k, v, causal, scale)
-
-    random = torch.Generator().manual_seed(num_past)
-    query = torch.randn(1, 2, 3, 5, 16, generator=random)
-    key, value = torch.randn(2, num_past + 5, 2, 16, generator=random)
-    pieces = attention._attend_by_pieces(sharing, query, key, value, 0.25)
-    whole = attend_recent(query, key, value, 0.25)
-    assert (merge(pieces) - merge(whole)).abs().max() <= 1e-5
-
-
-def test_a_past_by_pieces_is_attended_to_as_a_whole(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("num_past", [0, 1, 16, 87])
+def test_a_past_by_pieces_is_attended_to_as_a_whole(monkeypatch: pytest.MonkeyPatch, num_past: int):
     monkeypatch.setattr(attention, "PIECES", ((8, 4), (8, 1), (2, 2), (2, 1)))
+    monkeypatch.setattr(attention, "_TILE", 4)
     calls: list[tuple[int, ...]] = []
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        calls.append((len(key), key.shape[2]))
+        calls.append((len(key), key.shape[2], query.shape[2]))
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         return attention._unfused(query, key, value, causal, scale)
 
-    num_past, num_new = 87, 5
+    num_new = 5
     query = rand(1, KV_HEADS * GROUP, num_new, HEAD_DIM)
     key, value = (rand(num_past + num_new, KV_HEADS, HEAD_DIM, seed=seed) for seed in (1, 2))
     visible = torch.ones(num_new, num_past + num_new, dtype=torch.bool).tril(num_past)[None]
     expected = reference(query, key[None], value[None], visible)[0].transpose(1, 2)
     partials = attention._attend_by_pieces(kernel, grouped(query, KV_HEADS), key, value, SCALE)
     assert distance(merge(partials), expected) <= 1e-6
-    assert calls == [(4, 8), (4, 8), (1, 8), (1, 8), (2, 2), (1, 2), (1, 5)]
+    assert calls[:4] == [(4, 8, 8), (1, 8, 8), (2, 2, 8), (1, 2, 8)], "all are built for at once, for whole tiles"
+    if num_past == 87:
+        some = [(4, 8), (4, 8), (1, 8), (1, 8), (2, 2), (1, 2), (1, 8)]
+        assert calls[4:] == [(*each, 8) for each in some]
+    num_calls = len(calls)
+    attention._attend_by_pieces(kernel, grouped(query, KV_HEADS), key, value, SCALE)
+    assert calls[num_calls:] == calls[4:num_calls], "nothing is built for anew"
     assert len(partials) <= attention.MAX_PARTIALS

@@ -317,8 +317,8 @@ def _time_up_to(report: Report, q: Tensor, key: Tensor, value: Tensor, num_keys:
 
     report.time(f"{num_keys} of at most {longest} keys", lambda: attend(bounds[1]))
     out, lse, *_ = attend(bounds[1])
-    past = (x[:num_keys].transpose(0, 1)[None] for x in (key, value))
-    wanted, wanted_lse = attention_module._flash_cuda(q, *past, False, scale)
+    past_key, past_value = (x[:num_keys].transpose(0, 1)[None] for x in (key, value))
+    wanted, wanted_lse = attention_module._flash_cuda(q, past_key, past_value, False, scale)
     report.add(f"{num_keys} of at most {longest} keys, off by", _gap(out, wanted[0].transpose(0, 1)))
     report.add("log-sum-exp", f"{tuple(lse.shape)}, where flash has {tuple(wanted_lse.shape)}")
     fewer = torch.tensor([0, num_keys - 7], device=CUDA, dtype=torch.int32)
