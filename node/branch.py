@@ -27,10 +27,10 @@ class Scratch:
     """Private rows for a fixed number of branches, `slot_tokens` each."""
 
     def __init__(self, shape: KVShape, num_slots: int, slot_tokens: int) -> None:
+        self.num_slots = num_slots
         self.slot_tokens = slot_tokens
         self.steps: Steps | None = None  # captured over this scratch, where the device has CUDA graphs
         self._arena = Arena(shape, num_slots * slot_tokens)
-        self._num_slots = num_slots
         self._free = list(range(num_slots))
 
     @property
@@ -47,8 +47,8 @@ class Scratch:
 
     def capture_steps(self, model: VisionLanguageModel) -> bool:
         """Record the steps of this scratch as CUDA graphs; False where it can't be. All slots must be free."""
-        assert self.num_free == self._num_slots, "the rows of an answer would be written to"
-        self.steps = captured_steps(model, self._arena, self._num_slots)
+        assert self.num_free == self.num_slots, "the rows of an answer would be written to"
+        self.steps = captured_steps(model, self._arena, self.num_slots)
         return self.steps is not None
 
     def launch_steps(self) -> None:

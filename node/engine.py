@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -36,9 +35,8 @@ from ..protocol.messages import (
     Vram,
     or_unset,
 )
-from .answer import GrowingAnswer, decode
-from .branch import Branch, Scratch
-from .choice import choose
+from .answering import Answering, Question, mark_of
+from .branch import Scratch
 from .chunk import Chunk, ChunkRefused, Encoded, Unchanged
 from .compilation import CompileSetting
 from .engine_protocol import ModelInfo, Relieve
@@ -48,6 +46,7 @@ from .ledger import Snapshot
 from .memory import Addition, Plan, StreamMemory, append_together
 from .model import VisionLanguageModel, load_model
 from .options import StreamOptions
+from .outcome import fail, succeed
 from .pieces import MAX_TOKENS
 from .rehearsal import warm_up
 from .upload import Upload, Uploader
@@ -66,23 +65,6 @@ _MAX_TOGETHER = 4  # streams; more of them make their chunks wait for longer tha
 _STOPPED = "the engine has stopped"
 
 
-@dataclass(slots=True, eq=False)
-class _Question:
-    """A question from its arrival to its reply."""
-
-    request: Ask | AskChoice
-    future: Future[Any]
-    arrived: float
-    deadline: float | None
-    on_delta: Callable[[str], None] | None = None
-    branch: Branch | None = None
-    answer: GrowingAnswer | None = None
-
-    @property
-    def is_expired(self) -> bool:
-        return self.deadline is not None and time.monotonic() > self.deadline
-
-
 class _Command(NamedTuple):
     """Something to be done on the engine thread."""
 
@@ -98,27 +80,6 @@ class _Due(NamedTuple):
     plan: Plan | None
     upload: Upload | None
     future: Future[Encoded]
-
-
-@dataclass(slots=True)
-class _Counters:
-    """Questions since the start. Written by the engine thread alone."""
-
-    received: int = 0
-    answered: int = 0
-    traces: int = 0
-    failed: dict[str, int] = field(default_factory=dict)
-    first_token_ms: deque[float] = field(default_factory=lambda: deque(maxlen=64))
-    total_ms: deque[float] = field(default_factory=lambda: deque(maxlen=64))
-
-    def count(self, reply: Answer | Choice) -> None:
-        self.answered += 1
-        self.traces += not reply.memory.unchanged
-        self.first_token_ms.append(reply.timing.first_token_ms)
-        self.total_ms.append(reply.timing.total_ms)
-
-    def fail(self, code: str) -> None:
-        self.failed[code] = self.failed.get(code, 0) + 1
 
 
 class Engine:
@@ -139,7 +100,6 @@ class Engine:
         for longer than a chunk is computed.
         """
         self._model = model
-        self._max_waiting = max_waiting_questions
         self._max_together = max_together
         self._scratch = Scratch(model.kv_shape, max_concurrent_questions, scratch_tokens)
         self._meter = VramMeter(model.device)
@@ -149,13 +109,11 @@ class Engine:
         self._pinned: set[str] = set()
         self._uploader = Uploader(model.device) if model.device.type == "cuda" else None
         self._ahead: Upload | None = None  # the next chunk's pictures
-        self._max_running = max_concurrent_questions
-        self._waiting: deque[_Question] = deque()
-        self._running: list[_Question] = []
-        self._num_begun = 0  # questions since the last decode step
+        self._answering = Answering(
+            model, self._scratch, self._memory, self._pinned.__contains__, max_waiting=max_waiting_questions
+        )
         self._fairness = FairShare()
         self._booked = 0.0  # until when the time of turns is
-        self._counters = _Counters()
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._held: _Command | None = None  # taken out of the inbox in the middle of a chunk
         self._infos: dict[str, CacheInfo] = {}  # replaced, never changed: other threads read it
@@ -237,10 +195,10 @@ class Engine:
         deadline: float | None = None,
         on_delta: Callable[[str], None] | None = None,
     ) -> Future[Answer]:
-        return self._ask(_Question(request, Future(), arrived, deadline, on_delta))
+        return self._ask(Question(request, Future(), arrived, deadline, on_delta))
 
     def ask_choice(self, request: AskChoice, *, arrived: float, deadline: float | None = None) -> Future[Choice]:
-        return self._ask(_Question(request, Future(), arrived, deadline))
+        return self._ask(Question(request, Future(), arrived, deadline))
 
     def reset(self, stream: str) -> Future[CacheInfo]:
         return self._call(lambda: self._reset(stream))
@@ -270,19 +228,7 @@ class Engine:
         return self._vram
 
     def question_counters(self) -> QuestionCounters:
-        counters = self._counters
-        answered, failed, waiting = counters.answered, dict(counters.failed), len(self._waiting)
-        received = counters.received  # last, so that what has moved on meanwhile is missing nowhere
-        return QuestionCounters(
-            received=received,
-            answered=answered,
-            failed=failed,
-            waiting=waiting,
-            running=received - answered - sum(failed.values()) - waiting,
-            traces=counters.traces,
-            mean_first_token_ms=_mean(counters.first_token_ms),
-            mean_total_ms=_mean(counters.total_ms),
-        )
+        return self._answering.counters()
 
     def _call(self, verb: Callable[[], T]) -> Future[T]:
         """Run a verb on the engine thread."""
@@ -292,15 +238,15 @@ class Engine:
             try:
                 result = verb()
             except Exception as error:
-                _fail(future, error)
+                fail(future, error)
             else:
-                _succeed(future, result)
+                succeed(future, result)
 
         self._enter(_Command(run), future, NodeError(ErrorCode.NOT_READY, _STOPPED))
         return future
 
-    def _ask(self, question: _Question) -> Future[Any]:
-        command = _Command(lambda: self._admit(question), is_verb=False)
+    def _ask(self, question: Question) -> Future[Any]:
+        command = _Command(lambda: self._answering.admit(question), is_verb=False)
         self._enter(command, question.future, NodeError(ErrorCode.NOT_READY, _STOPPED))
         return question.future
 
@@ -310,7 +256,7 @@ class Engine:
             if not self._is_closed:
                 self._inbox.put(command)
                 return
-        _fail(future, stopped)
+        fail(future, stopped)
 
     # ----------------------------------------------------------------------------- the engine thread
 
@@ -330,7 +276,7 @@ class Engine:
     def _turn(self) -> bool:
         """Take in what has come, then do one thing. False if there was nothing to do."""
         self._take_in()
-        self._drop_ended()
+        self._answering.drop_ended()
         side = self._choose(can_encode=self._can_encode)
         if side is None:
             return False
@@ -338,7 +284,7 @@ class Engine:
         if side == "encode":
             self._encode_next()
         else:
-            self._answer_next()
+            self._answering.go_on()
         self._book(side)
         return True
 
@@ -353,7 +299,7 @@ class Engine:
         # What is asked about what has seen nothing can be answered after the chunk.
         self._pinned.update(stream for stream in streams if self._memories[stream].now.num_frames == 0)
         self._take_in(in_chunk=True)
-        self._drop_ended()
+        self._answering.drop_ended()
         self._look_ahead()
         self._book("encode")
         if self._choose(can_encode=True) == "encode":
@@ -362,7 +308,7 @@ class Engine:
         self._book("encode")
         began = self._booked
         while self._choose(can_encode=True) == "decode":
-            self._answer_next()
+            self._answering.go_on()
             self._book("decode")
         return self._booked - began
 
@@ -377,8 +323,7 @@ class Engine:
             command.run()
 
     def _choose(self, *, can_encode: bool) -> Side | None:
-        can_decode = bool(self._running) or self._next_waiting() is not None
-        return self._fairness.choose(can_encode=can_encode, can_decode=can_decode)
+        return self._fairness.choose(can_encode=can_encode, can_decode=self._answering.can_go_on)
 
     def _book(self, side: Side) -> None:
         """Book the time since the last booking."""
@@ -396,9 +341,7 @@ class Engine:
         with self._closing_lock:
             self._is_closed = True
         self._take_in()
-        for questions in (self._waiting, self._running):
-            while questions:
-                self._finish(questions.pop(), NodeError(ErrorCode.NOT_READY, _STOPPED))
+        self._answering.end_all(NodeError(ErrorCode.NOT_READY, _STOPPED))
         for stream in self._chunks:
             self._refuse_queued(stream, "removed", _STOPPED)
         if self._uploader is not None:
@@ -428,7 +371,7 @@ class Engine:
 
     def _remove_stream(self, stream: str) -> None:
         memory = self._memory(stream)
-        self._cancel_reading(memory, 0, "the stream was removed")
+        self._answering.cancel_reading(memory, 0, "the stream was removed")
         self._refuse_queued(stream, "removed", "the stream was removed")
         self._pinned.discard(stream)
         del self._memories[stream], self._chunks[stream]
@@ -437,7 +380,7 @@ class Engine:
 
     def _reset(self, stream: str) -> CacheInfo:
         memory = self._memory(stream)
-        self._cancel_reading(memory, 0, "the memory was reset")
+        self._answering.cancel_reading(memory, 0, "the memory was reset")
         self._refuse_queued(stream, "reset", "the memory was reset")
         self._pinned.discard(stream)
         memory.reset()
@@ -460,8 +403,8 @@ class Engine:
 
     def _rollback(self, stream: str, name: str) -> CacheInfo:
         memory = self._memory(stream)
-        mark = _mark_of(memory, stream, name)
-        self._cancel_reading(memory, mark.num_tokens, f"the memory was rolled back to {name!r}")
+        mark = mark_of(memory, stream, name)
+        self._answering.cancel_reading(memory, mark.num_tokens, f"the memory was rolled back to {name!r}")
         self._refuse_queued(stream, "reset", f"the memory was rolled back to {name!r}")
         self._pinned.discard(stream)
         memory.rollback(name)
@@ -476,7 +419,7 @@ class Engine:
 
     def _delete_mark(self, stream: str, name: str) -> Marks:
         memory = self._memory(stream)
-        _mark_of(memory, stream, name)
+        mark_of(memory, stream, name)
         memory.ledger.delete_mark(name)
         return self._marks(stream)
 
@@ -502,7 +445,7 @@ class Engine:
         if stream in self._chunks:
             self._chunks[stream].append((chunk, future))
         else:
-            _fail(future, ChunkRefused("removed", f"there is no stream {stream!r}"))
+            fail(future, ChunkRefused("removed", f"there is no stream {stream!r}"))
 
     def _note_unchanged(self, stream: str, unchanged: Unchanged) -> None:
         if stream in self._memories:
@@ -628,120 +571,7 @@ class Engine:
         while chunks:
             chunk, future = chunks.popleft()
             self._uploaded(chunk)  # it is let go
-            _fail(future, ChunkRefused(reason, message))
-
-    # ----------------------------------------------------------------------------------- questions
-
-    def _next_waiting(self) -> _Question | None:
-        """The question to begin next: the first whose stream has not to forget before."""
-        if not self._scratch.num_free:
-            return None
-        return next((question for question in self._waiting if question.request.stream not in self._pinned), None)
-
-    def _admit(self, question: _Question) -> None:
-        """Take a question in, or refuse it at once."""
-        self._counters.received += 1
-        try:
-            if len(self._waiting) >= self._max_waiting:
-                raise NodeError(ErrorCode.BUSY, f"{self._max_waiting} questions wait already", retry_after_ms=500)
-            memory = self._memory(question.request.stream)
-            if question.request.stream not in self._pinned:  # otherwise it is about the memory after a chunk
-                _snapshot(memory, question.request)
-        except Exception as error:
-            self._finish(question, error)
-        else:
-            self._waiting.append(question)
-
-    def _answer_next(self) -> None:
-        """Begin a question, or take a step with those that run; new ones can't hold those up for long."""
-        question = self._next_waiting()
-        if question is not None and not (self._running and self._num_begun >= self._max_running):
-            self._num_begun += 1
-            self._waiting.remove(question)
-            self._begin(question)
-        else:
-            self._num_begun = 0
-            self._decode_step()
-
-    def _begin(self, question: _Question) -> None:
-        """Give a question its branch and prefill it; a choice is answered on the spot."""
-        try:
-            memory = self._memory(question.request.stream)
-            snapshot = _snapshot(memory, question.request)
-            question.branch = Branch(self._model, memory, snapshot, self._scratch)
-            if isinstance(question.request, AskChoice):
-                outcome = choose(self._model, question.branch, question.request, arrived=question.arrived)
-            else:
-                outcome = self._start(question, question.branch, question.request)
-        except Exception as error:
-            outcome = error
-        if outcome is None:
-            self._running.append(question)
-        else:
-            self._finish(question, outcome)
-
-    def _start(self, question: _Question, branch: Branch, request: Ask) -> Answer | None:
-        """Prefill a free answer; returns it if its first token was its last."""
-        question.answer = GrowingAnswer(
-            self._model, branch, request, arrived=question.arrived, on_delta=question.on_delta
-        )
-        question.answer.start()
-        return question.answer.result() if question.answer.finish else None
-
-    def _decode_step(self) -> None:
-        """One token for every running answer. If the step itself fails, it fails for all of them."""
-        questions = list(self._running)
-        try:
-            answers = [_growing(question) for question in questions]
-            logits = decode(self._model, answers)
-            likeliest = logits.argmax(-1).tolist()  # the one wait for the device of a step
-        except Exception as error:
-            for question in questions:
-                self._end(question, error)
-            return
-        for question, answer, row, token in zip(questions, answers, logits, likeliest, strict=True):
-            try:
-                answer.accept(row, token)
-                outcome = answer.result() if answer.finish else None
-            except Exception as error:
-                outcome = error
-            if outcome is not None:
-                self._end(question, outcome)
-
-    def _drop_ended(self) -> None:
-        """End questions whose caller has gone or whose time is up, running or waiting."""
-        for questions in (self._running, self._waiting):
-            for question in [q for q in questions if q.future.cancelled() or q.is_expired]:
-                questions.remove(question)
-                self._finish(question, NodeError(ErrorCode.DEADLINE_EXCEEDED, "the deadline passed"))
-
-    def _cancel_reading(self, memory: StreamMemory, num_tokens: int, why: str) -> None:
-        """End the questions that read a memory beyond a length which is about to be cut."""
-        for question in [q for q in self._running if q.branch is not None and q.branch.memory is memory]:
-            assert question.branch is not None
-            if question.branch.snapshot.num_tokens > num_tokens:
-                self._end(question, NodeError(ErrorCode.CANCELLED, why))
-
-    def _end(self, question: _Question, outcome: Answer | Choice | Exception) -> None:
-        """Finish a running question."""
-        self._running.remove(question)
-        self._finish(question, outcome)
-
-    def _finish(self, question: _Question, outcome: Answer | Choice | Exception) -> None:
-        """Drop the branch and hand the outcome over. The memory needs no restoring: see `branch`."""
-        if question.branch is not None:
-            question.branch.close()
-            question.branch = None
-        if isinstance(outcome, Exception):
-            error = _node_error(outcome)
-            code = ErrorCode.CANCELLED if question.future.cancelled() else error.code
-            self._counters.fail(str(code))
-            _fail(question.future, error)
-            return
-        if not outcome.memory.unchanged:
-            logger.error("an answer about %s left a trace in the memory", question.request.stream)
-        self._counters.count(outcome)
-        _succeed(question.future, outcome)
+            fail(future, ChunkRefused(reason, message))
 
     # ----------------------------------------------------------------------------------- telemetry
 
@@ -794,30 +624,6 @@ def _plan(memory: StreamMemory, chunk: Chunk) -> Plan | None:
         return None
 
 
-def _growing(question: _Question) -> GrowingAnswer:
-    """The answer of a running question."""
-    assert question.answer is not None
-    return question.answer
-
-
-def _snapshot(memory: StreamMemory, request: Ask | AskChoice) -> Snapshot:
-    """The point of the memory that a question is about. Raises NodeError UNKNOWN_MARK or NO_FRAMES."""
-    stream, as_of = request.stream, request.as_of
-    snapshot = memory.now if as_of is UNSET else _mark_of(memory, stream, as_of)
-    if snapshot.num_frames == 0 and as_of is not UNSET and snapshot.forgotten.num_frames:
-        raise NodeError(ErrorCode.NO_FRAMES, f"all of {stream!r} up to {as_of!r} was forgotten to make room")
-    if snapshot.num_frames == 0:
-        raise NodeError(ErrorCode.NO_FRAMES, f"nothing of {stream!r} is in the memory yet", retry_after_ms=500)
-    return snapshot
-
-
-def _mark_of(memory: StreamMemory, stream: str, name: str) -> Snapshot:
-    marks = memory.ledger.marks
-    if name not in marks:
-        raise NodeError(ErrorCode.UNKNOWN_MARK, f"{stream!r} has no mark {name!r}", details={"marks": sorted(marks)})
-    return marks[name]
-
-
 def _wire_mark(name: str, snapshot: Snapshot) -> Mark:
     return Mark(
         name=name,
@@ -829,31 +635,3 @@ def _wire_mark(name: str, snapshot: Snapshot) -> Mark:
 
 def _unknown_stream(stream: str, known: list[str]) -> NodeError:
     return NodeError(ErrorCode.UNKNOWN_STREAM, f"there is no stream {stream!r}", details={"streams": known})
-
-
-def _node_error(error: Exception) -> NodeError:
-    """What a caller is told of an exception; the traceback stays in the log."""
-    if isinstance(error, NodeError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError):
-        error.__traceback__ = None  # its frames hold the activations that must go
-        torch.cuda.empty_cache()
-        return NodeError(ErrorCode.OUT_OF_MEMORY, "not enough device memory for this question")
-    logger.error("a question failed", exc_info=error)
-    return NodeError(ErrorCode.INTERNAL, f"{type(error).__name__} while answering")
-
-
-def _succeed(future: Future[T], result: T) -> None:
-    """Hand over a result, unless the caller has cancelled."""
-    if future.set_running_or_notify_cancel():
-        future.set_result(result)
-
-
-def _fail(future: Future[Any], error: Exception) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_exception(error)
-
-
-def _mean(values: deque[float]) -> Any:
-    recent = list(values)
-    return sum(recent) / len(recent) if recent else UNSET

@@ -27,6 +27,7 @@ ALLOWED = {"protocol": set(), "node": {"protocol"}, "tools": {"protocol"}, "trai
 COMPUTING = {
     *(
         "answer",
+        "answering",
         "arena",
         "attention",
         "branch",

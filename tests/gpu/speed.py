@@ -727,8 +727,8 @@ class Watched:
 
     def __init__(self, engine: BenchEngine) -> None:
         self.ends: list[float] = []
-        self._step = engine._decode_step
-        engine._decode_step = self._watch  # type: ignore[method-assign]
+        self._step = engine._answering._decode_step
+        engine._answering._decode_step = self._watch  # type: ignore[method-assign]
 
     def _watch(self) -> None:
         self._step()
