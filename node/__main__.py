@@ -110,6 +110,7 @@ def _load_engine(config: NodeConfig) -> ClosableEngine:
         max_concurrent_questions=config.questions.max_concurrent,
         max_waiting_questions=config.questions.max_waiting,
         scratch_tokens=config.questions.scratch_tokens,
+        max_together=config.max_together,
         prepare=use_few_threads,
     )
 

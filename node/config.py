@@ -344,6 +344,11 @@ class NodeConfig(BaseSettings):
         default="auto",
         description="auto (large models on a GPU), on or off: compiled layers; the first start takes longer",
     )
+    max_together: Count | None = Field(
+        default=None,
+        description="of how many streams small chunks are encoded at once; without it 4 on a GPU, 1 on a CPU",
+        examples=[1],
+    )
     endpoints: Endpoints = Endpoints()
     security: Security = Security()
     questions: Questions = Questions()

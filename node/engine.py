@@ -97,7 +97,7 @@ class Engine:
         """Reserve the scratch; the thread starts with `start`.
 
         Of at most `max_together` streams small chunks are encoded at once; None: of some where the weights are read
-        for longer than a chunk is computed.
+        for longer than a chunk is computed. With 1 no bit of a memory depends on what else waits.
         """
         self._model = model
         self._max_together = max_together
@@ -594,6 +594,7 @@ def load_engine(
     max_concurrent_questions: int = 8,
     max_waiting_questions: int = 32,
     scratch_tokens: int = 2048,
+    max_together: int | None = None,
     prepare: Callable[[VisionLanguageModel], None] = lambda model: None,
 ) -> Engine:
     """Load a model, `prepare` the process for it, and start an engine on it, warm. Raises what `load_model` raises."""
@@ -604,6 +605,7 @@ def load_engine(
         max_concurrent_questions=max_concurrent_questions,
         max_waiting_questions=max_waiting_questions,
         scratch_tokens=scratch_tokens,
+        max_together=max_together,
     )
     engine.warm_up(compile)
     engine.start()
