@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from ..protocol.forecast import fit, tokens_of
 from ..protocol.messages import CacheInfo, Footprint, MemoryLimit, or_unset
-from .arena import Arena, Extent, Turn, sampled
+from .arena import Arena, Extent, Turn
 from .chunk import Chunk, ChunkRefused, Encoded
 from .forecast import footprint_of
 from .layout import LAYOUTS, LayoutState, Patches, Rebase, Span
@@ -26,6 +26,7 @@ from .passes import Prefill
 from .preprocess import encode_size
 from .reading import Reading
 from .shown import Shown
+from .storage import Storage
 from .token_drop import TokenDrop
 from .upload import Upload
 
@@ -84,9 +85,7 @@ class StreamMemory:
         self._footprint_size: tuple[int, int] | None = None
         self._num_forgotten_frames = 0  # not told yet with a chunk
         self.model = model
-        self._arena = _reserve(model, capacity)
-        self._readings: list[Reading] = []
-        self._late: list[Reading] = []  # of storage that was the memory's once
+        self._storage = Storage(model.kv_shape, capacity)
         self._max_tokens = self._retention.max_tokens(capacity)
 
     def adjust(self, options: StreamOptions) -> None:
@@ -107,19 +106,16 @@ class StreamMemory:
 
         Raises MemoryError if it can't be had, ValueError if it is too small for what is not to be forgotten.
         """
-        model, records, num_before = self.model, self.ledger.records, self.now.num_frames
-        arena = _reserve(model, memory_bytes // model.kv_shape.bytes_per_token)
-        max_tokens, keep = self._retention.max_tokens(arena.capacity), list(range(len(records)))
+        records, num_before = self.ledger.records, self.now.num_frames
+        capacity = memory_bytes // self.model.kv_shape.bytes_per_token
+        max_tokens, keep = self._retention.max_tokens(capacity), list(range(len(records)))
         if self.now.num_tokens > max_tokens:
             keep = self._retention.keep(records, max(0, max_tokens - self.now.num_anchor))
         starts_over = self._retention.starts_over and len(keep) < len(records)
         rows = np.arange(0) if starts_over else _rows([records[place] for place in keep], self.now.num_anchor)
         if len(rows) > max_tokens:
             raise ValueError(f"of the {len(rows)} tokens of the memory {max_tokens} fit into {memory_bytes} bytes")
-        arena.take(self._arena, rows)
-        self._late += self._readings
-        before, self._arena, self._readings = self._arena, arena, []
-        self._let_go(before)
+        self._storage.renew(capacity, rows)
         if starts_over:
             self.ledger.start_over()
         else:
@@ -134,15 +130,17 @@ class StreamMemory:
 
         Not left to the last reference: the traceback of a question that failed may hold one, in a cycle.
         """
-        for arena in {self._arena, *(reading.arena for reading in self._late)}:
-            arena.release()
         self._shown.clear()
         self._drop = None
-        _release_cached(self.model.device)
+        self._storage.release()
 
     @property
     def now(self) -> Snapshot:
         return self.ledger.now
+
+    @property
+    def _arena(self) -> Arena:
+        return self._storage.arena
 
     def extent(self, snapshot: Snapshot) -> Extent:
         """The rows that hold a snapshot."""
@@ -152,28 +150,14 @@ class StreamMemory:
 
     def read(self, snapshot: Snapshot) -> Reading:
         """Keep the rows of a snapshot until `end_reading`."""
-        rows = sampled(snapshot.num_tokens)
-        records = self.ledger.records[: snapshot.num_chunks]
-        reading = Reading(self._arena, snapshot, rows, self._arena.fingerprint(rows), records)
-        self._readings.append(reading)
-        return reading
+        return self._storage.read(snapshot, self.ledger.records)
 
     def end_reading(self, reading: Reading) -> None:
-        if reading.arena is self._arena:
-            self._readings.remove(reading)
-        else:
-            self._late.remove(reading)
-            self._let_go(reading.arena)
-
-    def _let_go(self, arena: Arena) -> None:
-        """Give former storage back, unless somebody reads it still."""
-        if all(reading.arena is not arena for reading in self._late):
-            arena.release()
-            _release_cached(self.model.device)
+        self._storage.end_reading(reading)
 
     @property
     def is_read(self) -> bool:
-        return bool(self._readings)
+        return self._storage.is_read
 
     def fingerprint(self, reading: Reading) -> str:
         """A digest over its sampled rows as they are now; see `Arena.fingerprint`."""
@@ -228,7 +212,7 @@ class StreamMemory:
             again_ms = self._make_room(span, self._last_shown(patches, chunk.num_frames), between)
             span, layout = self._extend(self.now, patches)  # which stands elsewhere now
         now, drop = self.now, self._drop
-        assert now.num_tokens + len(span) <= self._top, "rows would be written that somebody reads"
+        assert now.num_tokens + len(span) <= self._storage.top, "rows would be written that somebody reads"
         grid = (patches.height, patches.width)
         part = Part(
             [picture.pixels for picture in chunk.pictures] if upload is None else upload.pixels(),
@@ -328,7 +312,7 @@ class StreamMemory:
 
     def _must_wait(self, span: Span, must_forget: bool) -> bool:
         """Whether a chunk of these tokens would be written to rows that somebody reads, which it must not."""
-        if not (self._readings and self._retention.forgets):
+        if not (self.is_read and self._retention.forgets):
             return False
         num_gone = 0
         if must_forget:
@@ -337,14 +321,7 @@ class StreamMemory:
             records = self.ledger.records
             num_gone = self.now.num_tokens - self.now.num_anchor - sum(records[i].num_tokens for i in self._stay(span))
         # What goes aside is copied to rows that are free, and then the chunk takes the place of it.
-        return self.now.num_tokens + max(num_gone, len(span)) > self._top
-
-    @property
-    def _top(self) -> int:
-        """The first of the rows put aside: the memory itself ends below it."""
-        return min(
-            (extent.start for reading in self._readings for extent in reading.aside), default=self._arena.capacity
-        )
+        return self.now.num_tokens + max(num_gone, len(span)) > self._storage.top
 
     def _make_room(self, span: Span, shown: Sequence[Shown], between: Between | None) -> float:
         """Forget for the tokens of a chunk, which the memory can hold, and give positions back if they end.
@@ -440,17 +417,7 @@ class StreamMemory:
         """Forget all chunks but those at the places `keep`, ascending; what is read of the others goes aside."""
         records, num_anchor = self.ledger.records, self.now.num_anchor
         kept = _rows([records[place] for place in keep], num_anchor)
-        num_read = max((reading.snapshot.num_tokens for reading in self._readings), default=0)
-        gone = np.setdiff1d(np.arange(num_read), kept)
-        aside = self._arena.extent(self._top - len(gone), self._top)
-        self._arena.gather(gone, aside.start)
-        still = int((kept == np.arange(len(kept))).cumprod().sum())
-        self._arena.gather(kept[still:], still)
-        left = self.ledger.forget(keep, [reading.snapshot for reading in self._readings])
-        places = np.arange(self._arena.capacity)
-        places[kept], places[gone] = np.arange(len(kept)), np.arange(aside.start, aside.stop)
-        for reading, snapshot in zip(self._readings, left, strict=True):
-            reading.move(places, gone, aside, snapshot)
+        self._storage.keep(kept, partial(self.ledger.forget, keep))
         self._retain_kept()
 
     def _rebase(self, span: Span) -> None:
@@ -585,29 +552,15 @@ def append_together(additions: Sequence[Addition], between: Between | None = Non
     return [addition.memory.count(each, encoding) for addition, each, encoding in steps]
 
 
-def _reserve(model: VisionLanguageModel, capacity: int) -> Arena:
-    try:
-        return Arena(model.kv_shape, capacity)
-    except (torch.OutOfMemoryError, RuntimeError) as error:  # the CPU allocator has no error class of its own
-        error.__traceback__ = None  # its frames hold the layers that could be had
-        num_bytes = capacity * model.kv_shape.bytes_per_token
-        raise MemoryError(f"cannot reserve {num_bytes} bytes for {capacity} tokens: {error}") from error
-
-
 def _token_drop(options: StreamOptions) -> TokenDrop | None:
     """What leaves out tokens; the last frames are whole, whatever chunk they began with."""
     return None if options.drop is None or options.last_frames else TokenDrop(options.drop)
 
 
-def _release_cached(device: torch.device) -> None:
-    """Let the device have what torch keeps of it for later."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _out_of_memory(model: VisionLanguageModel, error: torch.OutOfMemoryError, what: str) -> ChunkRefused:
     error.__traceback__ = None  # its frames hold the activations that must go
-    _release_cached(model.device)
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
     return ChunkRefused("out_of_memory", f"no device memory for {what}: {error}")
 
 

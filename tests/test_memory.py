@@ -8,8 +8,6 @@ import torch
 from checkpoints import FAMILIES, Checkpoints, DirectedModel, are_equal, arena, chunk, memory, rows
 from msgspec import UNSET
 
-from onlooker.node import memory as memory_module
-from onlooker.node.arena import Arena, KVShape
 from onlooker.node.chunk import Chunk, ChunkRefused
 from onlooker.node.layout import LAYOUTS, LayoutState, Patches
 from onlooker.node.memory import Addition, StreamMemory, append_together
@@ -271,23 +269,6 @@ def test_a_sliver_of_a_frame_is_an_encode_error(model: DirectedModel):
 def test_a_budget_below_one_token_is_refused(model: DirectedModel):
     with pytest.raises(ValueError, match="one token"):
         StreamMemory(model, StreamOptions("front", memory_bytes=model.kv_shape.bytes_per_token - 1))
-
-
-def test_memory_that_cannot_be_reserved_is_a_memory_error_that_holds_on_to_nothing(
-    model: DirectedModel, monkeypatch: pytest.MonkeyPatch
-):
-    arenas: list[weakref.ref[Arena]] = []
-
-    class NotedArena(Arena):
-        def __init__(self, shape: KVShape, capacity: int) -> None:
-            arenas.append(weakref.ref(self))
-            super().__init__(shape, capacity)
-
-    monkeypatch.setattr(memory_module, "Arena", NotedArena)
-    with pytest.raises(MemoryError, match="cannot reserve") as refused:
-        StreamMemory(model, StreamOptions("front", memory_bytes=1 << 60))
-    gc.collect()
-    assert refused.value.__cause__ is not None and [arena() for arena in arenas] == [None]
 
 
 # Figures

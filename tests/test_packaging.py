@@ -39,7 +39,7 @@ COMPUTING = {
         "local",
         "machine",
     ),
-    *("memory", "pieces", "reading", "rehearsal", "shown"),
+    *("memory", "pieces", "reading", "rehearsal", "shown", "storage"),
     *("model", "native_answers", "passes", "preprocess", "random_checkpoint", "reference", "verify", "vram"),
     *("bench", "bench_engine", "bench_naive", "bench_profile", "bench_report", "bench_wire"),
     *("ceilings", "published", "published_node", "stopwatch"),
