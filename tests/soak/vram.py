@@ -73,7 +73,8 @@ class WatchedEngine(Engine):
     """Keeps what torch has whenever the engine measures itself, which no chunk is in the middle of."""
 
     def _read_vram(self) -> Any:
-        at_rest = not (self._running or self._waiting or self._ahead)
+        questions = self.question_counters()
+        at_rest = not (questions.running or questions.waiting or self._ahead)
         allocated, reserved, peak = 0, 0, 0
         if self._model.device.type == "cuda":
             stats = torch.cuda.memory_stats(self._model.device)  # the peak begins anew with the engine's own reading
