@@ -511,6 +511,7 @@ class Engine:
             encoded = append_together(additions, partial(self._between, [each.stream for each in due]))
         except Exception:
             logger.info("chunks of %d streams are encoded one by one", len(due), exc_info=True)
+            self._pinned.update(each.stream for each in due)  # nobody begins to read what the next ones may move
             return [each._replace(plan=None) for each in due]  # one may have made room before it failed
         for each, outcome in zip(due, encoded, strict=True):
             self._note(each.stream)

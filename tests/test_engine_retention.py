@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from checkpoints import Checkpoints, DirectedModel, are_equal, chunk, rows
 from deadline import until
 
+from onlooker.node.arena import Arena
 from onlooker.node.engine import Engine
 from onlooker.node.memory import StreamMemory
 from onlooker.node.options import StreamOptions
@@ -164,6 +167,33 @@ def test_neither_chunks_nor_new_questions_wait_for_an_answer_that_reads_what_is_
     assert running.result().memory.num_forgotten_frames < engine.cache_info("front").num_forgotten_frames
     until(lambda: len(order) == 3)
     assert order[-1] == "running"
+
+
+def test_a_question_that_comes_while_chunks_encoded_together_are_tried_again_reads_no_row_that_moves(
+    engine: Engine, model: DirectedModel, monkeypatch: pytest.MonkeyPatch
+):
+    engine._max_together = 2
+    for name, retention in (("front", "window"), ("back", "reset")):
+        add(engine, model, retention, 78, name)
+        encode(engine, range(0, 16, 2), name)
+        assert the_memory(engine, name).plan(chunk(16)).must_forget
+    questions: list[Future[Answer]] = []
+    gather = Arena.gather
+
+    def without_room_at_first(arena: Arena, rows: np.ndarray, to: int) -> None:
+        if not questions:
+            questions.append(ask(engine, 40, "back"))
+            raise torch.OutOfMemoryError("no room for what stays")
+        gather(arena, rows, to)
+
+    monkeypatch.setattr(Arena, "gather", without_room_at_first)
+    model.hold()
+    held = ask(engine, 1)
+    model.wait_until_held()
+    chunks = [engine.encode(name, chunk(16)) for name in ("front", "back")]
+    model.let_go()
+    assert held.result(WAIT_S) and all(future.result(WAIT_S).num_tokens for future in chunks)
+    assert questions[0].result(WAIT_S).memory.unchanged and questions[0].result().memory.until_seq == 17
 
 
 def test_a_question_goes_on_with_what_it_reads_while_its_stream_gets_less_room(engine: Engine, model: DirectedModel):
