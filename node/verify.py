@@ -58,13 +58,8 @@ _GRIDS = ((2, 3), (4, 3))  # merged tokens (rows, columns) of the two resolution
 _QUESTION = "What did you see first, and what came after it?"
 _SLOT_TOKENS = 128
 _FORGETTING_TOKENS = {"native": 80, "turns": 100}  # too few for all frames, in every family
-_SIMILARITIES = (
-    0.98,
-    0.95,
-    0.9,
-    0.8,
-    0.6,
-)  # above one of them a token is dropped: the one that rounding is farthest from
+# Above one of them a token is dropped: the one that rounding is farthest from.
+_SIMILARITIES = (0.98, 0.95, 0.9, 0.8, 0.6)
 
 BOUND = 1e-5  # float32 sums in another order, by the largest figure where that is over 1
 
