@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -483,7 +484,7 @@ class Engine:
     def _plan(self, stream: str) -> Plan | None:
         return _plan(self._memories[stream], self._chunks[stream][0][0])
 
-    def _due(self, stream: str, plan: Plan | None) -> "_Due":
+    def _due(self, stream: str, plan: Plan | None) -> _Due:
         """Take a stream's next chunk; the stream goes to the end of the line."""
         chunk, future = self._chunks[stream].popleft()
         self._chunks[stream] = self._chunks.pop(stream)
@@ -494,14 +495,19 @@ class Engine:
         most = self._max_together
         if most is None:
             most = _MAX_TOGETHER if self._model.pieces is not None else 1
-        if most == 1 or plan is None:
+        if plan is None:
             return []
-        waiting = [name for name, chunks in self._chunks.items() if name != stream and chunks and not self._waits(name)]
-        others = [(name, its) for name in waiting if (its := self._plan(name)) is not None and its.goes_with(plan)]
-        num = min(most, 1 + len(others), max(1, MAX_TOKENS // plan.patches.num_tokens))
-        return others[: (1 << num.bit_length() - 1) - 1]  # 1, 2, 4 chunks in all
+        most = min(most, MAX_TOKENS // len(plan.span))
+        fitting = (
+            (name, its)
+            for name, chunks in self._chunks.items()
+            if name != stream and chunks and not self._waits(name)
+            if (its := self._plan(name)) is not None and its.goes_with(plan)
+        )
+        others = list(islice(fitting, max(0, most - 1)))  # a plan takes its time: no more are made than are wanted
+        return others[: (1 << (1 + len(others)).bit_length() - 1) - 1]  # 1, 2, 4 chunks in all
 
-    def _encode_together(self, due: "Sequence[_Due]") -> "Sequence[_Due]":
+    def _encode_together(self, due: Sequence[_Due]) -> Sequence[_Due]:
         """Encode chunks of several streams at once; returns what is left for one by one, all if that fails."""
         if len(due) < 2:
             return due
@@ -518,7 +524,7 @@ class Engine:
             each.future.set_result(outcome)
         return []
 
-    def _encode(self, due: "_Due") -> None:
+    def _encode(self, due: _Due) -> None:
         outcome: Encoded | ChunkRefused
         try:
             outcome = self._append(due)
@@ -534,7 +540,7 @@ class Engine:
         else:
             due.future.set_result(outcome)
 
-    def _append(self, due: "_Due") -> Encoded:
+    def _append(self, due: _Due) -> Encoded:
         """Encode a chunk; one that the device has no memory for is tried once more if its stream can do with less."""
         self._look_ahead()
         memory, between = self._memories[due.stream], partial(self._between, (due.stream,))
@@ -546,9 +552,7 @@ class Engine:
                 raise
             memory.adjust(options)
             plan = _plan(memory, due.chunk)
-            if (
-                plan is not None and plan.must_wait
-            ):  # for questions that began meanwhile: smaller, it may have to forget
+            if plan is not None and plan.must_wait:  # for new questions: with less room it may have to forget
                 raise
         return memory.append(due.chunk, None, between, plan)
 
