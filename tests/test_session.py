@@ -121,6 +121,23 @@ def test_a_session_can_be_repeated_again_and_again(session: Path, node: Node) ->
     assert "asked again: 4 same" in ended.out
 
 
+def test_a_question_after_a_rollback_is_asked_after_it(tmp_path: Path, node: Node) -> None:
+    """What it knew ends with a frame whose number a later camera used again."""
+    with recording(node, tmp_path) as recorder:
+        with Show(recorder) as first:
+            first.show(4, num_remembered=4)
+            first.client.mark("front", "early")
+            first.end(num_remembered=4)
+        with Show(recorder) as second:
+            second.show(7, num_remembered=8)
+            second.client.rollback("front", "early")
+            second.client.ask("front", "what is it")
+            second.end(num_remembered=4)
+    ended = replay(recorder.path, node, "--reset", "--timeout", 2)
+    assert (ended.status, ended.err) == (0, "")
+    assert "asked again: 1 same" in ended.out
+
+
 def test_another_answer_is_an_error(session: Path) -> None:
     class Liar(FakeEngine):
         def ask(self, request: Ask, **settings: Any) -> Future[Answer]:

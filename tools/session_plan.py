@@ -15,6 +15,9 @@ from msgspec import UNSET
 from ..protocol.messages import Answer, Choice, Hello, Mark
 from .session_file import FrameEntry, ReplyEntry, RequestEntry, SessionReader, TelemetryEntry
 
+# After these, no frame that came before them is the end of the memory, unless a mark held it.
+FORGETTING = frozenset({"reset", "rollback", "stream_remove"})
+
 
 @dataclass(frozen=True, slots=True)
 class Act:
@@ -55,13 +58,18 @@ def make_plan(reader: SessionReader) -> Plan:
     hellos = [e.record for e in entries if isinstance(e, TelemetryEntry) and isinstance(e.record, Hello)]
     acts: list[Act] = []
     num_before = 0
+    earliest: dict[str, int] = {}  # by stream: nothing moves back across a rollback
     for entry in entries:
         if isinstance(entry, FrameEntry):
             num_before += 1
         elif isinstance(entry, RequestEntry):
             reply = replies.get(_name(entry.request))
             last = _last_known(entry, reply, frames)
-            acts.append(Act(num_before if last is None else last + 1, entry, reply))
+            place = num_before if last is None else max(last + 1, earliest.get(entry.request.data.stream, 0))
+            act = Act(place, entry, reply)
+            acts.append(act)
+            if entry.endpoint in FORGETTING and act.failure is None:
+                earliest[entry.request.data.stream] = num_before
     return Plan(
         acts=tuple(sorted(acts, key=lambda act: (act.num_frames, act.entry.at_ns))),
         streams=tuple(dict.fromkeys(frame.header.stream for frame in frames)),

@@ -19,7 +19,7 @@ from .frame_sender import FrameSender
 from .link import stats_of
 from .quantity import reasons_text
 from .session_file import Entry, FrameEntry, SessionError
-from .session_plan import Act, Plan
+from .session_plan import FORGETTING, Act, Plan
 
 QUESTIONS = frozenset({"ask", "ask_choice"})
 POLL_S = 0.005
@@ -146,6 +146,10 @@ class Repetition:
         stream = act.data.stream
         if act.entry.endpoint == "mark":
             self._settle(stream)
+        elif stream in self._newest:
+            self._keep_up(stream)  # a frame still on its way would come after it
+        if act.entry.endpoint in FORGETTING:
+            self._newest.pop(stream, None)
         do: dict[str, Callable[[], object]] = {
             "reset": lambda: self._node.reset(stream),
             "mark": lambda: self._node.mark(stream, act.data.name),
