@@ -69,6 +69,7 @@ class FramePublisher:
         self.endpoint = bind or connect or FRAMES_ENDPOINT
         self._is_server = bind is not None
         self._send_timeout_s = send_timeout_s
+        self._is_lossless = lossless
         self._topic = frame_topic(stream)
         self._seq = 0
         self._subscriptions: Counter[bytes] = Counter()
@@ -77,7 +78,7 @@ class FramePublisher:
         self._authenticator: ThreadAuthenticator | None = None
         self._owns_context = context is None
         self._context = zmq.Context() if context is None else context
-        self._socket = self._open_socket(lossless)
+        self._socket = self._open_socket()
         # A server refuses strangers, which is not its own failure: it watches nothing.
         self._monitor = None if self._is_server else HandshakeMonitor(self._socket)
         try:
@@ -86,7 +87,7 @@ class FramePublisher:
             self.close()
             raise
 
-    def _open_socket(self, lossless: bool) -> zmq.Socket:
+    def _open_socket(self) -> zmq.Socket:
         socket = open_socket(
             self._context,
             zmq.XPUB,
@@ -95,8 +96,10 @@ class FramePublisher:
             hwm=FRAMES_HWM,
         )
         socket.set(zmq.XPUB_VERBOSER, 1)  # every subscription of every node is told, not only the first
-        socket.set(zmq.XPUB_NODROP, int(lossless))
-        socket.set(zmq.SNDTIMEO, int(self._send_timeout_s * 1000))
+        # One of several nodes that lags behind may not keep frames from the others; where there is only one, a frame
+        # that does not fit is dropped in `_send`, so that the end can wait for room.
+        socket.set(zmq.XPUB_NODROP, int(self._is_lossless or not self._is_server))
+        socket.set(zmq.SNDTIMEO, int(self._send_timeout_s * 1000) if self._is_lossless else 0)
         return socket
 
     def _attach(self, peer: Path | None, own: Path | None) -> None:
@@ -220,8 +223,12 @@ class FramePublisher:
     def end(self) -> None:
         """Say that this session sends no more frames: nodes encode what is left of it.
 
-        As every message it is lost to a node that lags behind, unless the publisher is `lossless`.
+        One that connects waits a second at most for a node that lags behind. From one that binds it is lost as every
+        message is, unless the publisher is `lossless`.
         """
+        self._check_open()
+        if not self._is_lossless:
+            self._socket.set(zmq.SNDTIMEO, _CLOSING_MS)
         self._send(FrameHeader(session=self.session, stream=self.stream, ts=time.time_ns(), eos=True))
         self._has_ended = True
 
@@ -233,7 +240,8 @@ class FramePublisher:
             # Copied: the caller may draw the next picture into the same array at once.
             self._socket.send_multipart(encode_frame(header, seq, payload), copy=True)
         except zmq.Again as error:
-            raise NoReplyError(self.endpoint, self._send_timeout_s) from error
+            if self._is_lossless:
+                raise NoReplyError(self.endpoint, self._send_timeout_s) from error
         self._seq += 1
         return seq
 

@@ -243,6 +243,19 @@ def test_a_node_that_lags_behind_keeps_the_oldest_frames_and_sees_a_gap(context:
     assert numbers == sorted(set(numbers))
 
 
+def test_the_end_of_a_burst_waits_for_a_node_that_lags_behind(context: zmq.Context) -> None:
+    picture = np.zeros((512, 512, 3), np.uint8)
+    with raw_node(context, hwm=1) as node, FramePublisher("cam", connect=node.endpoint) as camera:
+        assert camera.wait_for_subscriber(WAIT_S)
+        for _ in range(60):
+            camera.publish_image(picture)
+        camera.end()
+        messages = [node.recv()]
+        while len(messages[-1]) > 3:
+            messages.append(node.recv())
+    assert number_of(messages[-1]) == 60
+
+
 def test_the_last_frames_arrive_although_the_publisher_has_closed(context: zmq.Context) -> None:
     with raw_node(context) as node:
         with FramePublisher("cam", connect=node.endpoint) as camera:
