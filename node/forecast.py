@@ -24,9 +24,9 @@ def forecast(model: VisionLanguageModel, options: StreamOptions) -> Forecast:
     """
     retention, num_last = options.policy, options.last_frames // options.chunk_frames
     capacity = retention.max_tokens(options.memory_bytes // model.kv_shape.bytes_per_token)
-    size = _size(model, options, (_LARGE * _SHAPES[0][0], _LARGE * _SHAPES[0][1]))
+    size = size_of(model, options, (_LARGE * _SHAPES[0][0], _LARGE * _SHAPES[0][1]))
     footprint = footprint_of(model, options, size)
-    sizes = {_size(model, options, (s * w, s * h)) for w, h in _SHAPES for s in (1, _LARGE)}
+    sizes = {size_of(model, options, (s * w, s * h)) for w, h in _SHAPES for s in (1, _LARGE)}
     least = min((footprint_of(model, options, size) for size in sizes), key=lambda its: its.tokens_per_chunk)
     if fit(least, capacity, options.fps).num_chunks < max(1, num_last):
         raise _too_small(options, least)
@@ -63,9 +63,14 @@ def within_room(options: StreamOptions, room: Room | None) -> StreamOptions:
     )
 
 
-def _size(model: VisionLanguageModel, options: StreamOptions, picture: tuple[int, int]) -> tuple[int, int]:
+def size_of(model: VisionLanguageModel, options: StreamOptions, picture: tuple[int, int]) -> tuple[int, int]:
+    """Width and height at which a picture of some width and height is encoded. Raises ValueError."""
     low, high = options.min_pixels, options.max_pixels
-    return encode_size(picture, model.geometry, min_pixels=low, max_pixels=high, explicit=options.encode_size)
+    size = encode_size(picture, model.geometry, min_pixels=low, max_pixels=high, explicit=options.encode_size)
+    if options.encode_scale == 1:
+        return size
+    width, height = (round(side * options.encode_scale) for side in size)
+    return encode_size(picture, model.geometry, explicit=(width, height))
 
 
 def footprint_of(model: VisionLanguageModel, options: StreamOptions, size: tuple[int, int]) -> Footprint:

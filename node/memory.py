@@ -17,13 +17,12 @@ from ..protocol.forecast import fit, tokens_of
 from ..protocol.messages import CacheInfo, Footprint, MemoryLimit, or_unset
 from .arena import Arena, Extent, Turn
 from .chunk import Chunk, ChunkRefused, Encoded
-from .forecast import footprint_of
+from .forecast import footprint_of, size_of
 from .layout import LAYOUTS, LayoutState, Patches, Rebase, Span
 from .ledger import ChunkRecord, Ledger, Snapshot
 from .model import Between, Encoding, Part, VisionLanguageModel
 from .options import StreamOptions
 from .passes import Prefill
-from .preprocess import encode_size
 from .reading import Reading
 from .shown import Shown
 from .storage import Storage
@@ -467,22 +466,10 @@ class StreamMemory:
             self._drop.retain([record.number for record in self.ledger.records])
 
     def _encode_size(self, chunk: Chunk) -> tuple[int, int]:
-        options = self.options
-        geometry = self.model.geometry
         try:
-            size = encode_size(
-                chunk.size,
-                geometry,
-                min_pixels=options.min_pixels,
-                max_pixels=options.max_pixels,
-                explicit=options.encode_size,
-            )
+            return size_of(self.model, self.options, chunk.size)
         except ValueError as error:
             raise ChunkRefused("encode_error", str(error)) from error
-        if options.encode_scale == 1:
-            return size
-        width, height = (round(side * options.encode_scale) for side in size)
-        return encode_size(chunk.size, geometry, explicit=(width, height))
 
     @property
     def _room(self) -> int:
