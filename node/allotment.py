@@ -120,11 +120,14 @@ class Allotment:
                     left_bytes -= more
             return regained
 
-    def keep(self, stream: str, num_bytes: int) -> None:
-        """A stream has so many bytes from now on."""
+    def keep(self, stream: str, num_bytes: int) -> int:
+        """Count so many bytes for a stream from now on; returns how many they were. One that is gone has none."""
         with self._lock:
-            if stream in self._taken:
-                self._taken[stream] = replace(self._taken[stream], num_bytes=num_bytes)
+            share = self._taken.get(stream)
+            if share is None:
+                return 0
+            self._taken[stream] = replace(share, num_bytes=num_bytes)
+            return share.num_bytes
 
     def give_back(self, stream: str) -> None:
         """A stream is gone, or could not be added."""

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from msgspec import UNSET, to_builtins
@@ -153,19 +154,27 @@ class Control:
     def add_stream(self, options: StreamOptions) -> Steps[StreamAdded]:
         """Reserve a stream's memory, which others may have to cede, then take in its frames; all or nothing."""
         allotment = self._state.allotment
-        yield from self._resize(allotment.ceded(options))
-        granted = replace(options, min_memory_bytes=options.guaranteed_bytes, memory_bytes=allotment.take(options))
+        yield from self._resize(partial(allotment.ceded, options))
         try:
-            forecast = yield from self._begin_stream(granted)
-        except BaseException as error:
-            allotment.give_back(options.name)
-            if isinstance(error, NodeError):
-                yield from self._resize(allotment.regained())
+            forecast = yield from self._take(options)
+        except NodeError:
+            yield from self._resize(allotment.regained)
             raise
-        allotment.keep(options.name, forecast.memory_bytes)
         self._degradation.add(options)
         self._announce_added(options, forecast)
         return StreamAdded(forecast=forecast)
+
+    def _take(self, options: StreamOptions) -> Generator[Future[Any], Any, Forecast]:
+        """Begin a stream with what is left for it."""
+        allotment = self._state.allotment
+        granted = replace(options, min_memory_bytes=options.guaranteed_bytes, memory_bytes=allotment.take(options))
+        try:
+            forecast = yield from self._begin_stream(granted)
+        except BaseException:
+            allotment.give_back(options.name)
+            raise
+        allotment.keep(options.name, forecast.memory_bytes)
+        return forecast
 
     def _announce_added(self, options: StreamOptions, forecast: Forecast) -> None:
         details = to_builtins(forecast)
@@ -196,18 +205,26 @@ class Control:
         yield self._state.engine.remove_stream(stream)
         self._state.allotment.give_back(stream)
         self._announce("stream_removed", "the stream and its memory are gone", stream=stream)
-        yield from self._resize(self._state.allotment.regained())
+        yield from self._resize(self._state.allotment.regained)
         return Empty()
 
-    def _resize(self, sizes: Mapping[str, int]) -> Generator[Future[Any], Any, None]:
-        """Have streams go on with memories of so many bytes; one that cannot keeps what it has."""
-        for stream, num_bytes in sizes.items():
+    def _resize(self, sizes: Callable[[], Mapping[str, int]]) -> Generator[Future[Any], Any, None]:
+        """Have streams go on with memories of so many bytes, one after the other; one that cannot keeps what it has.
+
+        `sizes` are asked for anew each time: other streams may be added and removed meanwhile.
+        """
+        allotment, unable = self._state.allotment, set[str]()
+        while sized := next((each for each in sizes().items() if each[0] not in unable), None):
+            stream, num_bytes = sized
+            # Counted from now on: what is asked of the engine after this comes after this.
+            had_bytes = allotment.keep(stream, num_bytes)
             try:
                 forecast = yield self._state.engine.resize(stream, num_bytes)
             except NodeError as error:
+                allotment.keep(stream, had_bytes)
+                unable.add(stream)
                 logger.warning("stream %s cannot go on with %d bytes: %s", stream, num_bytes, error)
                 continue
-            self._state.allotment.keep(stream, num_bytes)
             details = {"memory_bytes": num_bytes, "capacity_tokens": forecast.capacity_tokens}
             self._announce("stream_resized", f"its memory has {num_bytes} bytes from now on", stream=stream, **details)
 

@@ -1,7 +1,9 @@
 """The control socket acts on streams, and answers while the engine cannot."""
 
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import msgspec
 import numpy as np
@@ -15,7 +17,8 @@ from onlooker.node import node as node_module
 from onlooker.node.node import Node
 from onlooker.protocol.codec import encode_frame
 from onlooker.protocol.endpoints import ENDPOINTS
-from onlooker.protocol.messages import Event, FrameHeader
+from onlooker.protocol.errors import ErrorCode, NodeError
+from onlooker.protocol.messages import Event, Forecast, FrameHeader, StreamSpec
 from onlooker.protocol.telemetry import TelemetrySubscriber
 
 FRONT = {"stream": "front"}
@@ -295,6 +298,46 @@ def test_a_stream_cedes_what_it_has_beyond_its_least_to_another_one_and_takes_it
                 if isinstance(message.record, Event) and message.record.kind == "stream_resized":
                     told.append((message.record.stream, message.record.details["memory_bytes"] >> 20))
             assert told == [("front", 1), ("front", 3)]
+
+
+def test_streams_that_are_added_at_once_have_together_what_there_is(engine: FakeEngine):
+    limits = {"limits__max_memory_bytes": 10, "stream_defaults__memory_bytes": 10}
+    limits |= {"stream_defaults__min_memory_bytes": 1, "stream_defaults__retention": "window"}
+    with running_node(engine, **limits) as node:
+        sizes = {"b": 3, "c": 2, "d": 4}
+        specs = [StreamSpec(stream=name, memory_bytes=num, min_memory_bytes=num) for name, num in sizes.items()]
+        adding = [node._control.add_stream(node._state.config.spec_options(spec)) for spec in specs]
+        by_turns = deque((steps, next(steps)) for steps in adding)
+        while by_turns:
+            steps, awaited = by_turns.popleft()
+            with suppress(StopIteration):
+                by_turns.append((steps, steps.send(awaited.result(5))))
+        assert {name: engine.options(name).memory_bytes for name in engine.streams()} == sizes | {"front": 1}
+
+
+class UnyieldingEngine(FakeEngine):
+    """Cannot have the second of its streams go on with less."""
+
+    def resize(self, stream: str, memory_bytes: int) -> Future[Forecast]:
+        if stream == "b" and memory_bytes < self.options(stream).memory_bytes:
+            future: Future[Forecast] = Future()
+            future.set_exception(NodeError(ErrorCode.OUT_OF_MEMORY, "no room for both"))
+            return future
+        return super().resize(stream, memory_bytes)
+
+
+def test_what_was_ceded_for_a_stream_that_is_refused_even_so_is_taken_up_again():
+    limits = {"limits__max_memory_bytes": 14, "stream_defaults__memory_bytes": 8}
+    limits |= {"stream_defaults__min_memory_bytes": 1, "stream_defaults__retention": "window"}
+    twelve = {"stream": "c", "memory_bytes": 12, "min_memory_bytes": 12}
+    with (
+        UnyieldingEngine() as engine,
+        running_node(engine, **limits) as node,
+        RawClient(node.endpoints["control"]) as client,
+    ):
+        client.ok("stream_add", {"stream": "b"})
+        assert client.error("stream_add", twelve)["code"] == "OUT_OF_MEMORY"
+        assert {name: engine.options(name).memory_bytes for name in engine.streams()} == {"front": 8, "b": 6}
 
 
 def test_on_the_cpu_a_stream_larger_than_the_machine_is_refused(engine: FakeEngine, client: RawClient):
