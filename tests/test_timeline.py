@@ -41,6 +41,11 @@ def test_a_long_timeline_grows_coarser_and_loses_no_frame() -> None:
     assert (timeline.spans[-1].end_s, timeline.spans[-1].encoded) == (2000, 1)
 
 
+def test_what_came_before_the_first_record_stays_apart() -> None:
+    timeline = told(*(at(second, 500 + second, 500 + second) for second in range(1, 2001)))
+    assert [span.encoded for span in timeline.spans if span.is_earlier] == [501]
+
+
 def test_the_rate_of_kept_frames_is_that_of_the_last_seconds() -> None:
     timeline = told(*(at(second, 2 * second, 2 * second) for second in range(1, 20)), at(20, 38, 38), at(21, 38, 38))
     assert timeline.fps_kept == 2 / 3

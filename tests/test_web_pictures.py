@@ -213,9 +213,18 @@ def test_the_timeline_tells_what_became_of_every_frame() -> None:
 
 
 def test_columns_are_as_high_as_their_frames() -> None:
-    html = pictures.timeline(told(at(1, 8, 8), at(9, 12, 12), at(17, 12, 12, ring_full=2)), [], [])
+    html = pictures.timeline(told(at(1, 0, 0), at(1, 8, 8), at(9, 12, 12), at(17, 12, 12, ring_full=2)), [], [])
     heights = [float(height) for height in re.findall(r'height="([\d.]+)"', html)]
     assert heights == [pictures.BAR_HEIGHT, pictures.BAR_HEIGHT / 2, pictures.BAR_HEIGHT / 4]
+
+
+def test_what_came_before_the_page_does_not_set_the_scale() -> None:
+    known = told(at(100, 5000, 5000), at(101, 5004, 5004), at(102, 5006, 5006))
+    html = pictures.timeline(known, [], [])
+    heights = [float(height) for height in re.findall(r'height="([\d.]+)"', html)]
+    assert heights == [pictures.BAR_HEIGHT, pictures.BAR_HEIGHT, pictures.BAR_HEIGHT / 2]
+    assert "4 frames in 1 s" in text(html)
+    assert "<title>before " in html
 
 
 def test_a_long_timeline_has_no_more_columns_than_can_be_seen() -> None:
@@ -224,7 +233,7 @@ def test_a_long_timeline_has_no_more_columns_than_can_be_seen() -> None:
 
 
 def test_a_mark_stands_where_the_memory_was_as_long() -> None:
-    known = told(at(0, 4, 4), at(10, 8, 8), at(20, 12, 12))
+    known = told(at(0, 0, 0), at(0, 4, 4), at(10, 8, 8), at(20, 12, 12))
     html = pictures.timeline(known, [Mark(name="noon", num_tokens=1, num_frames=8)], [])
     assert re.search(r'left:47.6\d%"><b>noon', html)  # 10 of 21 columns of a second
 

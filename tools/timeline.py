@@ -31,6 +31,7 @@ class Span:
     encoded: int = 0
     remembered: int = 0  # of those encoded, still in the memory
     dropped: Counter[str] = field(default_factory=Counter)  # by reason
+    is_earlier: bool = False  # before the first record: nobody knows since when
 
     @property
     def forgotten(self) -> int:
@@ -84,6 +85,7 @@ class Timeline:
         span.encoded = span.remembered = max(0, stats.frames.encoded - earlier.encoded)
         span.dropped = Counter(stats.frames.dropped) - Counter(earlier.dropped)
         if span.num_frames:
+            span.is_earlier = before is None and not self.spans
             self.spans.append(span)
         self._forget(stats)
         self._before = stats
@@ -94,7 +96,7 @@ class Timeline:
     def _join_spans(self) -> None:
         """Join spans that end within the same so many seconds of the clock, twice as many until there is room."""
         while True:
-            groups = itertools.groupby(self.spans, lambda span: span.end_s // self._resolution_s)
+            groups = itertools.groupby(self.spans, lambda span: (span.is_earlier, span.end_s // self._resolution_s))
             joined = [functools.reduce(Span.joined, group) for _, group in groups]
             if len(joined) <= MAX_SPANS // 2:
                 self.spans = joined

@@ -271,16 +271,19 @@ def timeline(known: Timeline | None, marks: Sequence[Mark], questions: Sequence[
     column_s = _column_s(known.spans[-1].end_s - known.spans[0].start_s)
     # Whole columns of the clock, as the spans themselves: none holds a part of one.
     start_s = known.spans[0].start_s // column_s * column_s
+    if known.spans[0].is_earlier:
+        start_s -= column_s  # a column of its own, for whatever length of time
     num_columns = max(MIN_COLUMNS, int((known.spans[-1].end_s - start_s) // column_s) + 1)
     columns = list(_columns(known.spans, start_s, column_s))
-    highest = max(column.span.num_frames for column in columns)
+    highest = max((column.span.num_frames for column in columns if not column.span.is_earlier), default=0)
     bars = "".join(_column_svg(column, highest, 100 / num_columns) for column in columns)
     length_s = num_columns * column_s
     flags = "".join(_flags(known.spans, marks, questions, start_s, length_s))
     plot = (
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="frames over time">{bars}</svg>'
     )
-    scale = f'<span class="ol-scale" style="bottom:{BAR_HEIGHT}%">{highest:,} frames in {seconds_text(column_s)}</span>'
+    most = f"{highest:,} frames in {seconds_text(column_s)}" if highest else "all from before"
+    scale = f'<span class="ol-scale" style="bottom:{BAR_HEIGHT}%">{most}</span>'
     body = f'<div class="ol-plot">{plot}{scale}{flags}</div>{_time_axis(start_s, length_s)}'
     return f"{_timeline_legend(known)}{body}"
 
@@ -292,7 +295,7 @@ def _column_s(length_s: float) -> int:
 
 def _columns(spans: Sequence[Span], start_s: float, column_s: float) -> Iterator[Column]:
     def index(span: Span) -> int:
-        return int((span.end_s - start_s) / column_s)
+        return 0 if span.is_earlier else int((span.end_s - start_s) / column_s)
 
     for number, group in itertools.groupby(spans, index):
         yield Column(number, functools.reduce(Span.joined, group))
@@ -303,7 +306,7 @@ def _column_svg(column: Column, highest: int, width: float) -> str:
     parts = [("kept", span.remembered), ("forgotten", span.forgotten), ("skipped", span.skipped), ("lost", span.lost)]
     drawn, bottom = "", 100.0
     for kind, num in parts:
-        height = BAR_HEIGHT * num / highest
+        height = BAR_HEIGHT * num / (span.num_frames if span.is_earlier else highest)
         if num:
             drawn += (
                 f'<rect class="ol-{kind}" x="{column.number * width + gap:.2f}" y="{bottom - height:.2f}" '
@@ -314,7 +317,7 @@ def _column_svg(column: Column, highest: int, width: float) -> str:
 
 
 def _column_text(span: Span) -> str:
-    lines = [f"{_clock(span.start_s)} to {_clock(span.end_s)}"]
+    lines = [f"before {_clock(span.end_s)}" if span.is_earlier else f"{_clock(span.start_s)} to {_clock(span.end_s)}"]
     lines += [f"{span.remembered} remembered"] if span.remembered else []
     lines += [f"{span.forgotten} forgotten"] if span.forgotten else []
     lines += [f"{num} dropped: {REASONS.get(reason, reason)}" for reason, num in span.dropped.most_common()]
