@@ -19,7 +19,7 @@ from ..protocol.errors import OnlookerError
 from .config import ConfigError, NodeConfig, load, parse_setting
 from .config_text import config_text
 from .engine_protocol import EngineProtocol
-from .logs import configure
+from .logs import configure, take_over
 from .node import EngineFailedError, Node, StartError
 from .service import Service
 from .signals import Interrupted, Signals
@@ -64,6 +64,7 @@ def _run(node: Node, config: NodeConfig, load_engine: LoadEngine, signals: Signa
     try:
         node.start()
         service.loading(config.model)
+        logger.info("loading the model", extra={"facts": {"model": config.model, "device": config.device}})
         with signals.interrupting():
             engine = _loaded(config, load_engine)
             node.attach(engine)
@@ -102,6 +103,7 @@ def _load_engine(config: NodeConfig) -> ClosableEngine:
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # it would tear the lines of the log
+    take_over("transformers", "huggingface_hub")
     return load_engine(
         model=config.model,
         dtype=config.dtype,

@@ -26,6 +26,14 @@ def configure(
     return handler
 
 
+def take_over(*names: str) -> None:
+    """Have libraries with handlers of their own write into this log, and nowhere else."""
+    for name in names:
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.propagate = True
+
+
 class TextFormatter(logging.Formatter):
     """`2025-01-31T12:00:00 warning server: what happened key=value`."""
 
@@ -33,7 +41,7 @@ class TextFormatter(logging.Formatter):
         super().__init__(datefmt="%Y-%m-%dT%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        source = record.name.rpartition(".")[2]
+        source = record.name.rpartition(".")[2] if record.name.startswith(PACKAGE) else record.name
         line = f"{self.formatTime(record, self.datefmt)} {record.levelname.lower()} {source}: {record.getMessage()}"
         line += "".join(f" {key}={_quoted(value)}" for key, value in _facts(record).items())
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line

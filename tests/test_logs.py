@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from onlooker.node.logs import configure
+from onlooker.node.logs import configure, take_over
 
 logger = logging.getLogger("onlooker.node.server")
 
@@ -63,3 +63,15 @@ def test_other_libraries_are_heard_from_warnings_on():
         logging.getLogger("somebody").warning("their warning")
     assert "ours" in text.getvalue() and "their warning" in text.getvalue()
     assert "theirs" not in text.getvalue()
+
+
+def test_a_library_with_a_log_of_its_own_is_heard_once_and_by_its_whole_name():
+    own = io.StringIO()
+    library = logging.getLogger("somebody.hub")
+    library.addHandler(logging.StreamHandler(own))
+    library.propagate = False
+    with written("info", "text") as text:
+        take_over("somebody.hub")
+        logging.getLogger("somebody.hub.http").warning("retrying")
+    assert own.getvalue() == ""
+    assert text.getvalue().partition(" ")[2] == "warning somebody.hub.http: retrying\n"
