@@ -291,6 +291,14 @@ def test_a_stream_is_added_with_its_memory(node: Node, engine: FakeEngine) -> No
     assert "512MiB" in control(node, "add", "yard", "--memory", "much").err
 
 
+def test_a_stream_is_added_with_what_others_leave_of_its_memory(engine: FakeEngine) -> None:
+    with running_node(engine, limits__max_memory_bytes="20MiB", stream_defaults__memory_bytes="16MiB") as node:
+        assert "TOO_LARGE" in control(node, "add", "gate", "--memory", "32MiB").err
+        added = control(node, "add", "gate", "--memory", "16MiB", "--min-memory", "1MiB", "--fps", "2")
+    assert "(4.19 MB of memory reserved instead of 16.8 MB: other streams have the rest)" in added.out
+    assert engine._memories["gate"].options.fps == 2.0
+
+
 def test_a_stream_is_added_with_its_retention(node: Node) -> None:
     assert control(node, "add", "gate", "--retention", "thin", "--json").json["retention"] == "thin"
     assert control(node, "streams", "--json").json[0]["retention"] == "stop"

@@ -95,7 +95,8 @@ class Link:
                 message = f"the node has no stream {name}; leave out --no-add, or: onlooker add {name}"
                 raise NodeError(ErrorCode.UNKNOWN_STREAM, message)
             if name not in known:
-                typer.echo(added_text(name, node.add_stream(StreamSpec(stream=name))), err=True)
+                spec = StreamSpec(stream=name)
+                typer.echo(added_text(spec, node.add_stream(spec)), err=True)
 
     def _publisher(self, stream: str) -> FramePublisher:
         check_keys(self.keys, is_server=self.is_bound)
@@ -114,11 +115,15 @@ class Link:
             raise NoSubscriberError(publisher.stream, publisher.endpoint, self.timeout_s)
 
 
-def added_text(stream: str, added: StreamAdded) -> str:
-    text = f"stream {stream} added to the node"
-    if added.forecast is not UNSET:
-        text += f" ({bytes_text(added.forecast.memory_bytes)} of memory reserved)"
-    return text
+def added_text(spec: StreamSpec, added: StreamAdded) -> str:
+    text = f"stream {spec.stream} added to the node"
+    if added.forecast is UNSET:
+        return text
+    asked, reserved = spec.memory_bytes, added.forecast.memory_bytes
+    text += f" ({bytes_text(reserved)} of memory reserved"
+    if asked is not UNSET and reserved < asked:
+        text += f" instead of {bytes_text(asked)}: other streams have the rest"
+    return text + ")"
 
 
 def forecast_text(forecast: Forecast) -> str:

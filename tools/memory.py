@@ -105,6 +105,17 @@ def add(
             parser=parsed_bytes,
         ),
     ] = None,
+    min_memory: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The least that will do where others need the rest; without it, what the node's settings say.",
+            parser=parsed_bytes,
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(min=0.001, help="Frames a second to keep; without it, what the node's settings say.")
+    ] = None,
     retention: Annotated[
         RetentionName | None, typer.Option(help="What a full memory does; without it, what the node's settings say.")
     ] = None,
@@ -133,6 +144,8 @@ def add(
     spec = StreamSpec(
         stream=stream,
         memory_bytes=or_unset(memory),
+        min_memory_bytes=or_unset(min_memory),
+        fps=or_unset(fps),
         retention=or_unset(retention),
         gate=or_unset(gate),
         drop=or_unset(drop),
@@ -143,7 +156,7 @@ def add(
     if is_json:
         _print_json(msgspec.to_builtins(stats_of(client, stream)) | msgspec.to_builtins(added))
         return
-    typer.echo(added_text(stream, added))
+    typer.echo(added_text(spec, added))
     if added.forecast is not UNSET:
         typer.echo(forecast_text(added.forecast))
 
