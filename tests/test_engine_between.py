@@ -14,7 +14,7 @@ from deadline import until
 from onlooker.node.chunk import Chunk
 from onlooker.node.engine import Engine
 from onlooker.node.fairness import FairShare
-from onlooker.node.memory import StreamMemory
+from onlooker.node.memory import Addition, StreamMemory, append_together
 from onlooker.node.options import StreamOptions
 from onlooker.node.steps import Steps
 from onlooker.node.upload import Upload, Uploader
@@ -111,6 +111,37 @@ def test_an_answer_grows_while_a_chunk_is_encoded_and_its_time_is_not_the_chunk_
     chosen = choice.result().timing
     own_ms = encoded.preprocess_ms + encoded.vision_ms + encoded.prefill_ms
     assert own_ms + chosen.total_ms - chosen.queue_ms <= whole_ms
+
+
+def test_chunks_of_several_streams_are_the_same_when_questions_about_them_ran_between_their_layers_and_verbs_wait(
+    engine: Engine, model: DirectedModel
+):
+    engine._max_together = 2
+    favour_answers(engine)
+    engine.add_stream(replace(the_memory(engine).options, name="back")).result(WAIT_S)
+    for name in ("front", "back"):
+        engine.encode(name, chunk(0)).result(WAIT_S)
+    before = held_in_a_chunk(engine, model, chunk(2))
+    chunks = [engine.encode(name, chunk(4)) for name in ("front", "back")]
+    model.let_go()
+    model.hold()
+    assert before.result(WAIT_S)
+    model.wait_until_held()
+    questions = [ask(engine, 3, stream=name) for name in ("front", "back", "front")]
+    reset, late = engine.reset("back"), ask(engine, stream="back")
+    order = order_of(first=questions[0], second=questions[1], chunks=chunks[1], reset=reset)
+    model.let_go()
+    assert all(future.result(WAIT_S).num_tokens for future in chunks)
+    assert [question.result(WAIT_S).memory.until_seq for question in questions] == [3, 1, 3]
+    assert all(question.result().memory.unchanged for question in questions)
+    assert reset.result(WAIT_S).num_frames == 0 and "NO_FRAMES" in str(late.exception(WAIT_S))
+    assert order == ["first", "second", "chunks", "reset"]
+    never_asked = [memory(model), memory(model)]
+    for each in never_asked:
+        each.append(chunk(0))
+    never_asked[0].append(chunk(2))
+    append_together([Addition(each, each.plan(chunk(4))) for each in never_asked])
+    assert are_equal(rows(the_memory(engine)), rows(never_asked[0]))
 
 
 @pytest.mark.parametrize("has_steps", [False, True])
