@@ -85,14 +85,17 @@ def opens(
     """Whether a client with these keys gets anything through a socket of the node."""
     kind = {"frames": zmq.XPUB, "telemetry": zmq.SUB}.get(socket, zmq.REQ)
     with context.socket(kind) as client:
-        client.linger = 0
+        client.linger, client.sndtimeo = 0, timeout_ms
         if server_key is not None and pair is not None:
             become_client(client, server_key, pair)
         client.connect(node.endpoints[socket])
         if socket == "telemetry":
             client.subscribe(b"")
         elif socket in ("ask", "control"):
-            client.send(msgpack.packb({"v": 1, "id": "1", "session": "s", "endpoint": "hello"}))
+            try:
+                client.send(msgpack.packb({"v": 1, "id": "1", "session": "s", "endpoint": "hello"}))
+            except zmq.Again:  # refused before it could ask, it has nobody to ask
+                return False
         return bool(client.poll(timeout_ms))  # a record, a reply, or the node's subscription
 
 
