@@ -89,7 +89,8 @@ class Allotment:
     def ceded(self, options: StreamOptions) -> dict[str, int]:
         """With how many bytes other streams must go on, so that the least of this one is left.
 
-        The largest spares are taken first. Nobody cedes anything for a stream that will be refused even so.
+        The largest spares are taken first. Nobody cedes anything where all spares are too little, or there may be no
+        further stream.
         """
         with self._lock:
             if self._max_memory_bytes is None or len(self._taken) >= self._max_streams or options.name in self._taken:

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_OFTEN = 3
+_OFTEN = 3  # times that a key comes without a place until it takes that of another
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 1024  # of a chunk: more of them keep a GPU busy for longer than the host needs
 _MULTIPLE = 32  # of tokens: stamps in words make chunks a token longer or shorter
-_MAX_SIZES = 4  # kept; a stream has one, and each takes about 0.2 MB a token at 3 billion parameters
+# Kept; streams of one size have up to three, by how many are encoded together. Each takes about 0.2 MB a token at 3
+# billion parameters.
+_MAX_SIZES = 4
 
 
 class Pieces:

@@ -17,7 +17,7 @@ from transformers import vision_utils
 
 from .graphs import Recorded, Recorder
 
-MAX_PLANS = 8  # grids remembered: a stream has one, and streams are few
+MAX_PLANS = 8  # grids remembered: streams of one size have up to three, by how many are encoded together
 ALIGNED_WIDTH = 128  # of a matrix product; others fall to kernels of half the speed
 MAX_RECORDED = 4096  # patches; more of them keep a GPU busy for longer than the host needs
 
