@@ -344,8 +344,8 @@ def test_a_mark_of_which_nothing_is_left_holds_the_opening_alone(model: Directed
 
 @pytest.mark.parametrize("retention", FORGETFUL)
 def test_what_a_reader_sees_goes_aside_until_there_is_no_more_room_for_it(model: DirectedModel, retention: str):
-    stream, unread = memory(model, retention, 400), memory(model, retention, 400)
-    for i in range(110):
+    stream, unread = memory(model, retention, 240), memory(model, retention, 240)
+    for i in range(66):
         stream.append(chunk(2 * i))
         unread.append(chunk(2 * i))
     scratch = Scratch(model.kv_shape, 2, 64)
@@ -354,7 +354,7 @@ def test_what_a_reader_sees_goes_aside_until_there_is_no_more_room_for_it(model:
     question = stream.layout.question(stream.now.layout, QUESTION)
     expected = other.prefill(question)
     other.close()
-    seq = 220
+    seq = 132
     while not stream.plan(chunk(seq)).must_wait:
         stream.append(chunk(seq))
         unread.append(chunk(seq))
