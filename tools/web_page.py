@@ -415,7 +415,7 @@ class Page:
             self._sources.play(file, name, speed, parse_settings(*settings))
             self._fed_last = name
 
-        text = f"{name} goes on as it was set up." if is_known else ""
+        text = f"{name} is a stream of the node: it keeps its settings." if is_known else ""
         return _tried(play, text, gr.update(choices=sorted({*self._session.stream_names, name}), value=name))
 
     def _press_pause(self, stream: str | None) -> list[Any]:
