@@ -137,6 +137,13 @@ def test_a_node_that_is_loading_its_model_is_waited_for(command: str, engine: Fa
         assert process.wait(10) == 0
 
 
+def test_a_node_that_loads_for_too_long_is_told_from_one_that_is_not_there() -> None:
+    with running_node(None) as node:
+        ended = control(node, "streams", "--timeout", 0.1)
+    assert ended.status == 1
+    assert "the model is still being loaded after 0.1 s; --timeout waits longer" in ended.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -173,7 +173,11 @@ def test_one_document_of_a_running_node(node: Node) -> None:
 
 
 def test_no_telemetry_in_time_is_no_reply() -> None:
-    assert onlooker("watch", "--once", "--timeout", 0.2, "--telemetry", "ipc:///nowhere/at/all").status == 3
+    ended = onlooker("watch", "--once", "--timeout", 0.2, "--telemetry", "ipc:///nowhere/at/all")
+    assert (ended.status, ended.err) == (
+        3,
+        "onlooker: no node answers at ipc:///nowhere/at/all; is one running? onlooker node\n",
+    )
 
 
 def test_each_record_is_a_line_of_json_until_ctrl_c(node: Node) -> None:

@@ -12,10 +12,10 @@ import typer
 from ..protocol.client import NodeClient
 from ..protocol.codec import check_stream_name
 from ..protocol.curve import load_keypair, load_public
-from ..protocol.errors import DecodeError, NoReplyError
+from ..protocol.errors import DecodeError, ErrorCode, NodeError, NoReplyError
 from ..protocol.interface import VideoMemory
 from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT, FRAMES_ENDPOINT, TELEMETRY_ENDPOINT
-from .quantity import num_bytes_of
+from .quantity import num_bytes_of, seconds_text
 
 # A node that is alive says so at once, also while its model is being loaded.
 PING_TIMEOUT_S = 3.0
@@ -155,7 +155,13 @@ def wait_ready(client: NodeClient, timeout_s: float) -> None:
         raise NoNodeError(error.endpoint, ping_s) from error
     if not is_ready:
         typer.echo("the node is loading its model ...", err=True)
-        client.wait_ready(timeout_s)
+        try:
+            client.wait_ready(timeout_s)
+        except NodeError as error:
+            if error.code != ErrorCode.NOT_READY:
+                raise
+            message = f"the model is still being loaded after {seconds_text(timeout_s)}; --timeout waits longer"
+            raise NodeError(error.code, message) from error
 
 
 def only_stream(node: VideoMemory) -> str:

@@ -24,7 +24,7 @@ from ..protocol.errors import NoReplyError
 from ..protocol.messages import CacheInfo, Event, FrameCounters, NodeStats, StageTimings, StreamStats, Vram
 from ..protocol.sockets import TELEMETRY_ENDPOINT
 from ..protocol.telemetry import TelemetrySubscriber
-from .connection import ClientKeyOption, JsonOption, Keys, ServerKeyOption, TelemetryOption, check_keys
+from .connection import ClientKeyOption, JsonOption, Keys, NoNodeError, ServerKeyOption, TelemetryOption, check_keys
 from .quantity import NS_PER_S, bytes_text, horizon_text, ms_text, reasons_text, seconds_text
 from .view import MAX_EVENTS, View
 
@@ -78,7 +78,7 @@ def _wait_whole(subscriber: TelemetrySubscriber, view: View, timeout_s: float) -
     while not view.is_whole:
         message = subscriber.receive(max(0.0, deadline - time.monotonic()))
         if message is None:
-            raise NoReplyError(view.endpoint, timeout_s)
+            raise (NoNodeError if view.hello is None else NoReplyError)(view.endpoint, timeout_s)
         view.take(message.record, time.monotonic())
 
 
