@@ -108,6 +108,9 @@ class StreamMemory:
         records, num_before = self.ledger.records, self.now.num_frames
         capacity = memory_bytes // self.model.kv_shape.bytes_per_token
         max_tokens, keep = self._retention.max_tokens(capacity), list(range(len(records)))
+        footprint, fps = self._footprint, self.options.fps
+        if footprint is not None and fit(footprint, max_tokens, fps).num_chunks < self._num_last_chunks:
+            raise ValueError(f"the last {self.options.last_frames} frames do not fit into {memory_bytes} bytes")
         if self.now.num_tokens > max_tokens:
             keep = self._retention.keep(records, max(0, max_tokens - self.now.num_anchor))
         starts_over = self._retention.starts_over and len(keep) < len(records)

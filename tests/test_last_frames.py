@@ -271,6 +271,17 @@ def test_a_stream_that_can_never_hold_its_last_frames_is_not_added(model: Direct
     assert refused.value.code == "TOO_LARGE"
 
 
+def test_a_memory_keeps_the_room_that_its_last_frames_need(model: DirectedModel):
+    stream = memory(model, 6)
+    for first_seq in range(0, 10, 2):
+        stream.append(chunk(first_seq))
+    stream.resize(50 * model.kv_shape.bytes_per_token)
+    assert stream.now.num_frames == 6 and stream.append(chunk(10)).num_forgotten_frames == 2
+    with pytest.raises(ValueError, match="the last 6 frames do not fit"):
+        stream.resize(44 * model.kv_shape.bytes_per_token)
+    assert stream.now.num_frames == 6 and stream.append(chunk(12)).num_forgotten_frames == 2
+
+
 def test_where_mixed_sizes_leave_no_room_for_all_fewer_are_held(model: DirectedModel):
     stream = memory(model, 6, num_tokens=67)
     for i in range(8):
