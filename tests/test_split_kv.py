@@ -116,8 +116,8 @@ def test_rotated_rows_are_where_they_belong(heads: tuple[int, int, int], has_bia
         rand(*shape, seed=seed).to(DEVICE)
         for seed, shape in enumerate([(4, num_all * head_dim), (num_all * head_dim,), *[(4, 1, head_dim)] * 2])
     )
-    norms = [rand(head_dim, seed=seed).to(DEVICE) if has_norm else None for seed in (8, 9)]
-    weights = AttentionWeights(bias, bias, bias if has_bias else None, *norms, 1e-6, num_heads, kv_heads)
+    query_norm, key_norm = (rand(head_dim, seed=seed).to(DEVICE) if has_norm else None for seed in (8, 9))
+    weights = AttentionWeights(bias, bias, bias if has_bias else None, query_norm, key_norm, 1e-6, num_heads, kv_heads)
     scratch = table.scratch
     before = [tensor.clone() for tensor in (*scratch.keys, *scratch.values)]
     at = torch.tensor(places, device=DEVICE)
