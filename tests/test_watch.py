@@ -67,6 +67,11 @@ def test_what_is_unknown_is_left_out(view: View) -> None:
     assert "none yet" in text
 
 
+def test_the_settings_that_decide_over_a_memory_are_shown(view: View) -> None:
+    view.take(stream_stats(retention="window", gate=10.0, drop=0.95), now=100.0)
+    assert "native, 4 a chunk, retention window, gate 10, drop 0.95" in drawn(view, now=100.0)
+
+
 def test_the_last_frames_and_what_was_given_up_are_shown_where_there_are_any(view: View) -> None:
     assert "the last" not in drawn(view, now=100.0) and "given up" not in drawn(view, now=100.0)
     view.take(stream_stats(last_frames=16, degraded=["frame_rate"]), now=100.0)

@@ -224,11 +224,12 @@ def _stream(stats: StreamStats) -> RenderableType:
     table.add_row("frames", _frames_text(stats.frames, stats.fps_received, stats.fps_encoded))
     table.add_row("dropped", _dropped(stats.frames))
     table.add_row("chunks", _chunks_text(stats))
+    table.add_row("settings", _settings_text(stats))
     title = Text.assemble(
         (stats.stream, "bold"),
         " ",
         (stats.state, _STATE_STYLES.get(stats.state, "cyan")),
-        f"  {stats.layout}, {stats.chunk_frames} a chunk{_last_text(stats)}{_size_text(stats)}",
+        _size_text(stats),
     )
     return Panel(table, title=title, title_align="left")
 
@@ -282,15 +283,22 @@ def _chunks_text(stats: StreamStats) -> str:
     return ", ".join(parts) or "none yet"
 
 
-def _last_text(stats: StreamStats) -> str:
-    return "" if stats.last_frames is UNSET else f", the last {stats.last_frames} frames at most"
+def _settings_text(stats: StreamStats) -> str:
+    parts = [stats.layout, f"{stats.chunk_frames} a chunk"]
+    if stats.last_frames is not UNSET:
+        parts.append(f"the last {stats.last_frames} frames at most")
+    elif stats.retention is not UNSET:
+        parts.append(f"retention {stats.retention}")
+    parts += [] if stats.gate is UNSET else [f"gate {stats.gate:g}"]
+    parts += [] if stats.drop is UNSET else [f"drop {stats.drop:g}"]
+    return ", ".join(parts)
 
 
 def _size_text(stats: StreamStats) -> str:
     if stats.received_size is UNSET:
         return ""
     received = "{}x{}".format(*stats.received_size)
-    return f", {received}" + ("" if stats.encoded_size is UNSET else " as {}x{}".format(*stats.encoded_size))
+    return f"  {received}" + ("" if stats.encoded_size is UNSET else " as {}x{}".format(*stats.encoded_size))
 
 
 def _questions(stats: NodeStats) -> RenderableType:
