@@ -79,7 +79,7 @@ class Recorded(Generic[T]):
         self._what = what
         self._max_kept = max_kept
         self._kept: OrderedDict[Hashable, T | None] = OrderedDict()  # the last used last
-        self._num_missed: Counter[Hashable] = Counter()  # uses without a place, since the first of `_kept` was used
+        self._missed: dict[Hashable, Counter[Hashable]] = {}  # uses without a place, since each of those kept was used
 
     def get(self, key: Hashable, record: Callable[[], T]) -> T | None:
         """What `record` makes for a key.
@@ -97,18 +97,18 @@ class Recorded(Generic[T]):
                 )
                 made = None
             self._kept[key] = made
-        if key == next(iter(self._kept)):
-            self._num_missed.clear()
+        self._missed[key] = Counter()
         self._kept.move_to_end(key)
         return self._kept[key]
 
     def _take_place(self, key: Hashable) -> bool:
         """Let go of the key that was used the longest ago, if this one has come often since."""
-        self._num_missed[key] += 1
-        if self._num_missed[key] < _OFTEN:
+        for missed in self._missed.values():
+            missed[key] += 1
+        oldest = next(iter(self._kept))
+        if self._missed[oldest][key] < _OFTEN:
             return False
-        self._kept.popitem(last=False)
-        self._num_missed.clear()
+        del self._kept[oldest], self._missed[oldest]
         torch.cuda.empty_cache()  # the memory of a graph that is gone serves nobody before that
         return True
 

@@ -33,6 +33,12 @@ def test_keys_that_come_by_turns_do_not_drive_each_other_out():
     assert letters.made == ["a", "b"]
 
 
+def test_a_key_that_comes_more_often_than_those_that_come_by_turns_takes_a_place():
+    letters = Letters()
+    assert letters.get("ab" + 3 * "ccacb") == "AB..AC." + 2 * "CCAC."
+    assert letters.made == ["a", "b", "c"]
+
+
 def test_a_key_that_comes_again_and_again_takes_the_place_of_the_one_used_the_longest_ago():
     letters = Letters()
     assert letters.get("abacacac") == "ABA.A.AC"
