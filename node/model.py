@@ -28,7 +28,7 @@ from .token_drop import Sifted
 from .upload import upload
 from .vision import Vision, VisionTower, align_mlps
 
-MAX_GRIDS = 4  # of small chunks, recorded at a time
+MAX_GRIDS = 6  # of small chunks, recorded at a time: two of streams, alone, in twos and in fours
 
 BUILTIN = Path(__file__).parent / "builtin"
 NOTICE_FILE = "notice.txt"

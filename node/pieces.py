@@ -21,7 +21,7 @@ MAX_TOKENS = 1024  # of a chunk: more of them keep a GPU busy for longer than th
 _MULTIPLE = 32  # of tokens: stamps in words make chunks a token longer or shorter
 # Kept; streams of one size have up to three, by how many are encoded together. Each takes about 0.2 MB a token at 3
 # billion parameters.
-_MAX_SIZES = 4
+_MAX_SIZES = 6
 
 
 class Pieces:
