@@ -22,6 +22,7 @@ class Rung:
     name: str
     lower: Callable[[StreamOptions], StreamOptions]
     eases_chunk: bool = False  # a chunk that found too little memory takes less on it
+    frees_storage: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +119,8 @@ class Ladder:
 
     @property
     def _can_ease(self) -> bool:
-        """Whether a chunk takes less device memory further down; the other rungs save none."""
-        return any(rung.eases_chunk for rung in self._rungs[self._num_down :])
+        """Whether less device memory is taken further down; the other rungs save none."""
+        return any(rung.eases_chunk or rung.frees_storage for rung in self._rungs[self._num_down :])
 
     def _is_well(self, seen: Seen) -> bool:
         """Whether there is room for more, and not just enough."""
@@ -183,6 +184,6 @@ RUNGS = (
     Rung("gate", _gated),
     Rung("drop", _dropping),
     Rung("encode_size", _smaller, eases_chunk=True),
-    Rung("thin", _thinner),
-    Rung("newest", _newest),
+    Rung("thin", _thinner, frees_storage=True),
+    Rung("newest", _newest, frees_storage=True),
 )

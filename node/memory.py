@@ -85,38 +85,62 @@ class StreamMemory:
         self._num_forgotten_frames = 0  # not told yet with a chunk
         self.model = model
         self._storage = Storage(model.kv_shape, capacity)
-        self._max_tokens = self._retention.max_tokens(capacity)
+        self._use(capacity)
 
     def adjust(self, options: StreamOptions) -> None:
         """Go on with another drop, encode size, retention and share of the memory, from the next chunk on.
 
-        Of a share, some chunks like the newest fit in any case.
+        Of a share, some chunks like the newest fit in any case; the storage of the rest is given back at once, and
+        reserved again for a larger one. Where other storage can't be had, it goes on in what it has.
         """
         if options.drop != self.options.drop:
             self._drop = _token_drop(options)
         self.options = replace(options, memory_bytes=self.options.memory_bytes)
         self._retention = options.policy
-        whole = self._retention.max_tokens(self._arena.capacity)
-        least = self.now.num_anchor + _LEAST_CHUNKS * self.ledger.num_newest_tokens
-        self._max_tokens = min(whole, max(int(whole * options.memory_share), least))
+        capacity = self._capacity_of(self.options.memory_bytes)
+        try:
+            self._renew(capacity)
+        except (MemoryError, ValueError) as error:
+            logger.warning("stream %s: %s; it goes on in the storage that it has", options.name, error)
+        self._use(capacity)
 
     def resize(self, memory_bytes: int) -> None:
         """Go on in other storage, with what it holds of this; who reads goes on reading the old one, which goes then.
 
         Raises MemoryError if it can't be had, ValueError if it is too small for what is not to be forgotten.
         """
+        capacity = self._capacity_of(memory_bytes)
+        self._renew(capacity)
+        self.options = replace(self.options, memory_bytes=memory_bytes)
+        self._use(capacity)
+
+    def _capacity_of(self, memory_bytes: int) -> int:
+        """How many tokens to have storage for, of so many bytes."""
+        whole = memory_bytes // self.model.kv_shape.bytes_per_token
+        share = int(whole * self.options.memory_share)
+        least = self.now.num_anchor + _LEAST_CHUNKS * self.ledger.num_newest_tokens
+        return share if self._retention.max_tokens(share) >= least else min(whole, 2 * least)
+
+    def _use(self, capacity: int) -> None:
+        """Fill the storage so far, and no further than there is."""
+        self._capacity = min(capacity, self._arena.capacity)
+        self._max_tokens = self._retention.max_tokens(self._capacity)
+
+    def _renew(self, capacity: int) -> None:
+        """Move to storage for so many tokens; what does not fit is forgotten. Raises as `resize`."""
+        if capacity == self._arena.capacity:
+            return
         records, num_before = self.ledger.records, self.now.num_frames
-        capacity = memory_bytes // self.model.kv_shape.bytes_per_token
         max_tokens, keep = self._retention.max_tokens(capacity), list(range(len(records)))
         footprint, fps = self._footprint, self.options.fps
         if footprint is not None and fit(footprint, max_tokens, fps).num_chunks < self._num_last_chunks:
-            raise ValueError(f"the last {self.options.last_frames} frames do not fit into {memory_bytes} bytes")
+            raise ValueError(f"the last {self.options.last_frames} frames do not fit into {capacity} tokens")
         if self.now.num_tokens > max_tokens:
             keep = self._retention.keep(records, max(0, max_tokens - self.now.num_anchor))
         starts_over = self._retention.starts_over and len(keep) < len(records)
         rows = np.arange(0) if starts_over else _rows([records[place] for place in keep], self.now.num_anchor)
         if len(rows) > max_tokens:
-            raise ValueError(f"of the {len(rows)} tokens of the memory {max_tokens} fit into {memory_bytes} bytes")
+            raise ValueError(f"of the {len(rows)} tokens of the memory {max_tokens} fit into {capacity}")
         self._storage.renew(capacity, rows)
         if starts_over:
             self.ledger.start_over()
@@ -124,8 +148,7 @@ class StreamMemory:
             self.ledger.forget(keep)
         self._retain_kept()
         self._num_forgotten_frames += num_before - self.now.num_frames
-        self._full, self.options = None, replace(self.options, memory_bytes=memory_bytes)
-        self.adjust(self.options)
+        self._full = None
 
     def release(self) -> None:
         """Give the storage back; the memory is of no use any more.
@@ -412,7 +435,7 @@ class StreamMemory:
 
     def _stay(self, span: Span) -> list[int]:
         """Places of the chunks that stay once there is room for the tokens of another."""
-        num_free = max(len(span), int(self._arena.capacity * self.options.memory_share) // _FREED_SHARE)
+        num_free = max(len(span), self._capacity // _FREED_SHARE)
         return self._retention.keep(self.ledger.records, max(0, self._max_tokens - self.now.num_anchor - num_free))
 
     def _keep(self, keep: Sequence[int]) -> None:

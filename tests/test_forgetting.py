@@ -270,17 +270,38 @@ def test_a_memory_that_forgets_has_no_end(model: DirectedModel, retention: str):
 def test_a_memory_of_which_a_share_is_used_forgets_the_rest_and_takes_it_up_again(model: DirectedModel):
     stream = memory(model, "window", 320)
     whole = [stream.append(chunk(2 * i)) and stream.now.num_tokens for i in range(60)][-20:]
+    reserved = stream.info().resident_bytes
     stream.adjust(replace(stream.options, retention="thin", memory_share=0.5))
-    assert stream.now.num_tokens == whole[-1]  # nothing goes before the next chunk comes
+    assert stream.info().resident_bytes == reserved // 2  # at once: somebody else may be in need of it
     half = [stream.append(chunk(2 * i)) and stream.now.num_tokens for i in range(60, 100)]
     assert max(half) <= max(whole) // 2 + 20 and numbers(stream)[-1] == 99
     stream.adjust(replace(stream.options, retention="window", memory_share=1 / 1000))
     assert stream.append(chunk(200)) and stream.now.num_chunks > 1  # some chunks fit in any case
     stream.adjust(replace(stream.options, memory_share=1.0))
+    assert stream.info().resident_bytes == reserved
     again = [stream.append(chunk(2 * i)) and stream.now.num_tokens for i in range(101, 160)]
     assert max(again) == max(whole)
     frames = stream.now.forgotten.num_frames + stream.now.num_frames
     assert frames == 320
+
+
+def test_a_share_for_which_no_storage_can_be_had_is_used_of_the_storage_that_is_there(
+    model: DirectedModel, monkeypatch: pytest.MonkeyPatch
+):
+    stream = memory(model, "window", 320)
+    for i in range(60):
+        stream.append(chunk(2 * i))
+    reserved, held = stream.info().resident_bytes, stream.now.num_tokens
+
+    def nothing_left(*_: object) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(stream._storage, "renew", nothing_left)
+    stream.adjust(replace(stream.options, memory_share=0.5))
+    assert (stream.info().resident_bytes, stream.now.num_tokens) == (reserved, held)
+    for i in range(60, 70):
+        stream.append(chunk(2 * i))
+    assert stream.now.num_tokens <= stream.info().capacity_tokens <= 160
 
 
 def test_an_answer_says_what_its_memory_has_forgotten(model: DirectedModel):

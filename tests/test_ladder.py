@@ -137,12 +137,18 @@ def test_a_camera_whose_clock_is_slow_is_not_late():
     assert ladder.look(10.0, replace(late(11), lag_ms=2600.0)) is not None
 
 
-def test_nothing_is_given_up_for_device_memory_that_saves_none():
-    ladder = Ladder(replace(OPTIONS, retention="window"), BOUNDS)
+@pytest.mark.parametrize(("retention", "saving"), [("stop", []), ("window", ["thin", "newest"])])
+def test_nothing_is_given_up_for_device_memory_that_saves_none(retention: RetentionName, saving: list[str]):
+    ladder = Ladder(replace(OPTIONS, retention=retention), BOUNDS)
     short = replace(WELL, free_bytes=99)
     steps = [ladder.look(10.0 * now, short) for now in range(20)]
-    assert [step.rung for step in steps if step] == ALL  # the last of them makes chunks smaller
-    assert gone_down(ladder, now=300.0) == ["thin", "newest"]
+    assert [step.rung for step in steps if step] == [*ALL, *saving]  # smaller chunks, then less storage
+
+
+def test_a_rung_that_saves_no_memory_is_no_answer_to_want_of_it():
+    ladder = Ladder(replace(OPTIONS, retention="stop"), BOUNDS)
+    assert gone_down(ladder) == ALL
+    assert ladder.look(300.0, replace(WELL, free_bytes=99)) is None
 
 
 @pytest.mark.parametrize("retention", ["window", "thin"])
