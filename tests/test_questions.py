@@ -143,6 +143,7 @@ def test_a_crowd_is_told_to_come_back(engine: FakeEngine, node: Node, client: Ra
     assert busy["code"] == "BUSY" and busy["retry_after_ms"] >= 100
     with RawClient(node.endpoints["ask"]) as other:
         other.send("ask", QUESTION)
+        until(lambda: engine.question_counters().received == 3)
         with RawClient(node.endpoints["ask"]) as late:
             assert late.error("ask", QUESTION)["code"] == "BUSY"
         engine.let_go()
