@@ -15,8 +15,9 @@ install: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/onlooker demo
 
+# Two at a time: half of a test's time is often waiting, and each of them imports torch by itself.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The page of `onlooker web` in a real browser: a minute in which nothing else should run. Needs Chromium and its driver.
 browser: $(STAMP)
