@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..protocol.errors import ErrorCode, NodeError
+from ..protocol.quantity import bytes_text
 from .options import StreamOptions
 
 MEMORY_FACTS = Path("/proc/meminfo")
@@ -64,12 +65,12 @@ class Allotment:
         if left_bytes >= options.guaranteed_bytes:
             return min(options.memory_bytes, left_bytes)
         never_fits = options.guaranteed_bytes > self._max_memory_bytes
-        others = f" and the {promised_bytes} promised to others" if promised_bytes else ""
+        others = f" and the {bytes_text(promised_bytes)} promised to others" if promised_bytes else ""
         raise NodeError(
             ErrorCode.TOO_LARGE if never_fits else ErrorCode.OUT_OF_MEMORY,
-            f"stream {options.name} needs {options.guaranteed_bytes} bytes of memory, and of the"
-            f" {self._max_memory_bytes} of limits.max_memory_bytes {left_bytes} are left beside the {taken_bytes} of"
-            f" the other streams{others}",
+            f"stream {options.name} needs {bytes_text(options.guaranteed_bytes)} of memory, and of the"
+            f" {bytes_text(self._max_memory_bytes)} of limits.max_memory_bytes {bytes_text(left_bytes)} are left beside"
+            f" the {bytes_text(taken_bytes)} of the other streams{others}",
             details={
                 "needed_bytes": options.guaranteed_bytes,
                 "left_bytes": left_bytes,

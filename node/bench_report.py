@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..protocol.quantity import bytes_text
 from .ceilings import Ceilings
 from .workload import Work
 
@@ -260,10 +261,4 @@ def _three(value: float) -> str:
 
 
 def _bytes_text(num_bytes: int | None) -> str:
-    if num_bytes is None:
-        return "-"
-    size, units = float(num_bytes), iter(("B", "kB", "MB", "GB", "TB"))
-    unit = next(units)
-    while size >= 999.5 and (larger := next(units, None)):
-        size, unit = size / 1000, larger
-    return f"{size:.3g} {unit}"
+    return "-" if num_bytes is None else bytes_text(num_bytes)

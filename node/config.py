@@ -34,6 +34,7 @@ from pydantic_settings import (
 from ..protocol.codec import check_stream_name
 from ..protocol.errors import DecodeError, ErrorCode, NodeError
 from ..protocol.messages import UNSET, RetentionName, StreamSpec
+from ..protocol.quantity import bytes_text
 from ..protocol.sockets import (
     ASK_ENDPOINT,
     CONTROL_ENDPOINT,
@@ -393,9 +394,9 @@ class NodeConfig(BaseSettings):
             )
         needed_bytes = sum(self.stream_options(stream).guaranteed_bytes for stream in self.streams)
         if limits.max_memory_bytes is not None and needed_bytes > limits.max_memory_bytes:
-            given_bytes = int(limits.max_memory_bytes)
             raise ValueError(
-                f"limits.max_memory_bytes: must be at least {needed_bytes}, for all streams, got {given_bytes}"
+                f"limits.max_memory_bytes: must be at least {needed_bytes} ({bytes_text(needed_bytes)}),"
+                f" for all streams, got {bytes_text(limits.max_memory_bytes)}"
             )
 
     def _check_exposure(self) -> None:

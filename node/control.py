@@ -26,6 +26,7 @@ from ..protocol.messages import (
     Streams,
     StreamSpec,
 )
+from ..protocol.quantity import bytes_text
 from .degradation import Degradation
 from .load import check_load, with_load
 from .options import StreamOptions
@@ -181,7 +182,9 @@ class Control:
         del details["footprint"]
         message = "the stream is remembered from now on"
         if forecast.memory_bytes < options.memory_bytes:
-            message += f", in {forecast.memory_bytes} bytes of the {options.memory_bytes} that it asked for"
+            message += (
+                f", in {bytes_text(forecast.memory_bytes)} of the {bytes_text(options.memory_bytes)} that it asked for"
+            )
         if forecast.load is not UNSET and forecast.load > 1:
             message += "; it asks for more of the engine's time than there is"
         self._announce("stream_added", message, stream=options.name, **details)
@@ -223,10 +226,12 @@ class Control:
             except NodeError as error:
                 allotment.keep(stream, had_bytes)
                 unable.add(stream)
-                logger.warning("stream %s cannot go on with %d bytes: %s", stream, num_bytes, error)
+                logger.warning("stream %s cannot go on with %s: %s", stream, bytes_text(num_bytes), error)
                 continue
             details = {"memory_bytes": num_bytes, "capacity_tokens": forecast.capacity_tokens}
-            self._announce("stream_resized", f"its memory has {num_bytes} bytes from now on", stream=stream, **details)
+            self._announce(
+                "stream_resized", f"its memory has {bytes_text(num_bytes)} from now on", stream=stream, **details
+            )
 
 
 def _result(work: Callable[[], Future[Any]]) -> Steps[Any]:

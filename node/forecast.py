@@ -7,6 +7,7 @@ from msgspec import UNSET, structs
 from ..protocol.errors import ErrorCode, NodeError
 from ..protocol.forecast import Room, fit, seconds_of_positions, tokens_of
 from ..protocol.messages import Footprint, Forecast, or_unset
+from ..protocol.quantity import bytes_text
 from .layout import LAYOUTS, LayoutState, Patches
 from .model import VisionLanguageModel
 from .options import StreamOptions
@@ -57,8 +58,9 @@ def within_room(options: StreamOptions, room: Room | None) -> StreamOptions:
         return replace(options, memory_bytes=room.num_bytes, min_memory_bytes=options.guaranteed_bytes)
     raise NodeError(
         ErrorCode.OUT_OF_MEMORY,
-        f"stream {options.name} needs {options.guaranteed_bytes} bytes of a device that has {room.num_bytes}:"
-        f" {room.free_bytes} free, less {room.workspace_bytes} to work with and {room.safety_bytes} left alone",
+        f"stream {options.name} needs {bytes_text(options.guaranteed_bytes)} of a device that has"
+        f" {bytes_text(room.num_bytes)}: {bytes_text(room.free_bytes)} free, less {bytes_text(room.workspace_bytes)}"
+        f" to work with and {bytes_text(room.safety_bytes)} left alone",
         details={"needed_bytes": options.guaranteed_bytes, "room_bytes": room.num_bytes, **structs.asdict(room)},
     )
 
@@ -120,9 +122,9 @@ def _too_small(options: StreamOptions, least: Footprint) -> NodeError:
     positions = max(least.picture_positions, num_chunks * least.positions_per_chunk)
     return NodeError(
         ErrorCode.TOO_LARGE,
-        f"{held} of stream {options.name} takes {num_tokens} tokens or more, {num_bytes} bytes, and"
+        f"{held} of stream {options.name} takes {num_tokens} tokens or more, {bytes_text(num_bytes)}, and"
         f" {least.opening_positions + positions} of the model's"
-        f" {least.max_positions} positions: it does not fit into the {options.memory_bytes} bytes of its memory",
+        f" {least.max_positions} positions: it does not fit into the {bytes_text(options.memory_bytes)} of its memory",
         details={
             "memory_bytes": options.memory_bytes,
             "needed_bytes": num_bytes,

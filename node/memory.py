@@ -15,6 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from ..protocol.forecast import fit, tokens_of
 from ..protocol.messages import CacheInfo, Footprint, MemoryLimit, or_unset
+from ..protocol.quantity import bytes_text
 from .arena import Arena, Extent, Turn
 from .chunk import Chunk, ChunkRefused, Encoded
 from .forecast import footprint_of, size_of
@@ -428,8 +429,8 @@ class StreamMemory:
         num_tokens = tokens_of(footprint, num_chunks)
         message = (
             f"last_frames {options.last_frames} take {num_tokens} tokens of {footprint.bytes_per_token} bytes at"
-            f" {size[0]}x{size[1]}, and {num_fitting} of {num_chunks} chunks fit into the {options.memory_bytes} bytes"
-            f" and {footprint.max_positions} positions"
+            f" {size[0]}x{size[1]}, and {num_fitting} of {num_chunks} chunks fit into the"
+            f" {bytes_text(options.memory_bytes)} and {footprint.max_positions} positions"
         )
         raise ChunkRefused("memory_full", message, limit)
 

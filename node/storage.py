@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from ..protocol.quantity import bytes_text
 from .arena import Arena, KVShape, sampled
 from .ledger import ChunkRecord, Snapshot
 from .reading import Reading
@@ -100,4 +101,4 @@ def _reserve(shape: KVShape, capacity: int) -> Arena:
     except (torch.OutOfMemoryError, RuntimeError) as error:  # the CPU allocator has no error class of its own
         error.__traceback__ = None  # its frames hold the layers that could be had
         num_bytes = capacity * shape.bytes_per_token
-        raise MemoryError(f"cannot reserve {num_bytes} bytes for {capacity} tokens: {error}") from error
+        raise MemoryError(f"cannot reserve {bytes_text(num_bytes)} for {capacity} tokens: {error}") from error

@@ -30,7 +30,7 @@ def test_a_stream_beyond_their_number_is_refused_until_one_is_gone():
 def test_a_stream_beyond_their_memory_is_refused_with_the_figures():
     allotment = Allotment(max_streams=9, max_memory_bytes=25)
     allotment.take(stream("a"))
-    with pytest.raises(NodeError, match=r"needs 16 bytes .* 15 are left beside the 10 of") as caught:
+    with pytest.raises(NodeError, match=r"needs 16 B .* 15 B are left beside the 10 B of") as caught:
         allotment.take(stream("b", 16))
     assert caught.value.code == "OUT_OF_MEMORY"
     figures = {"needed_bytes": 16, "left_bytes": 15, "taken_bytes": 10, "promised_bytes": 0, "max_memory_bytes": 25}

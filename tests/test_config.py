@@ -91,7 +91,7 @@ def test_what_is_commented_out_in_the_shipped_file_would_work(tmp_path: Path):
         (
             "limits.max_memory_bytes = 10\n[[streams]]\nname = 'a'\nmemory_bytes = 9\nmin_memory_bytes = 6\n"
             "[[streams]]\nname = 'b'\nmemory_bytes = 5",
-            "limits.max_memory_bytes: must be at least 11, for all streams, got 10",
+            "limits.max_memory_bytes: must be at least 11 (11 B), for all streams, got 10 B",
         ),
         ("dtype = 'float64'", "dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16', got 'float64'"),
         ("device = 'tpu'", "device: must be auto, cpu, cuda, cuda:N or balanced, got 'tpu'"),

@@ -110,7 +110,7 @@ def test_a_device_gives_what_it_has_room_for_and_never_less_than_the_least():
     assert within_room(StreamOptions("front", memory_bytes=60), room).memory_bytes == 60
     assert within_room(StreamOptions("front", memory_bytes=90, min_memory_bytes=60), room).memory_bytes == 60
     assert within_room(StreamOptions("front", memory_bytes=90), None).memory_bytes == 90
-    with pytest.raises(NodeError, match="needs 61 bytes of a device that has 60") as caught:
+    with pytest.raises(NodeError, match="needs 61 B of a device that has 60 B") as caught:
         within_room(StreamOptions("front", memory_bytes=90, min_memory_bytes=61), room)
     assert caught.value.code == "OUT_OF_MEMORY"
     assert caught.value.details["room_bytes"] == 60 and caught.value.details["workspace_bytes"] == 30

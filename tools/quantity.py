@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from msgspec import UNSET
 
 from ..protocol.messages import CacheInfo
+from ..protocol.quantity import bytes_text as bytes_text
 
 NS_PER_S = 1_000_000_000
 
@@ -20,18 +21,6 @@ def num_bytes_of(text: str) -> int:
         raise ValueError(f"a size such as 512MiB or 1.5GB is wanted, got {text}")
     unit = match[2].lower()
     return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** _POWERS[unit.removesuffix("i")])
-
-
-def bytes_text(num_bytes: int) -> str:
-    """`1.84 GB`, in powers of 1000; below a kilobyte to the byte."""
-    if num_bytes < 1000:
-        return f"{num_bytes} B"
-    size = float(num_bytes)
-    for unit in ("kB", "MB", "GB"):
-        size /= 1000
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-    return f"{size / 1000:.3g} TB"
 
 
 def seconds_text(seconds: float) -> str:
