@@ -201,7 +201,12 @@ class Telemetry:
         self._announce_forgotten(stats)
 
     def _announce_forgotten(self, stats: StreamStats) -> None:
-        """Tell how many frames were forgotten since it was told last, which a small memory does all the time."""
+        """Tell how many frames were forgotten since it was told last, which a small memory does all the time.
+
+        A memory of the last frames forgets with every chunk, full or not: that is no news.
+        """
+        if stats.last_frames is not UNSET:
+            return
         told, now = self._forgot.get(stats.stream, _NOTHING_FORGOT), time.monotonic()
         num_frames = stats.frames.forgotten - told.num_frames
         if num_frames == 0 or now < told.at + FORGOT_PERIOD_S:

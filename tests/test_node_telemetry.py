@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -183,6 +184,17 @@ def test_what_a_full_memory_forgot_is_told_and_not_with_every_chunk(
     watcher.until(lambda heard: heard.kind == "stream" and heard.record.frames.forgotten == 6)  # type: ignore[union-attr]
     watcher.until_kind("stats")
     assert [heard.record for heard in watcher.heard if getattr(heard.record, "kind", None) == "forgot"] == [event]
+
+
+def test_what_a_memory_of_the_last_frames_forgets_is_no_news(
+    engine: FakeEngine, node: Node, watcher: Watcher, camera: zmq.Socket
+):
+    engine.num_forgotten_frames = 3
+    node._state.intake.adjust("front", replace(engine._memories["front"].options, last_frames=4), [])
+    publish(camera, 8)
+    watcher.until(lambda heard: heard.kind == "stream" and heard.record.frames.forgotten == 6)  # type: ignore[union-attr]
+    watcher.until_kind("stats")  # a look later
+    assert not [heard for heard in watcher.heard if getattr(heard.record, "kind", None) == "forgot"]
 
 
 def test_a_defect_is_told_by_its_error_id(engine: FakeEngine, node: Node, watcher: Watcher):
