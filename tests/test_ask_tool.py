@@ -298,6 +298,11 @@ def test_a_stream_is_added_with_its_memory(node: Node, engine: FakeEngine) -> No
     assert "512MiB" in control(node, "add", "yard", "--memory", "much").err
 
 
+def test_a_stream_is_told_that_it_reserves_more_than_it_can_use(node: Node) -> None:
+    assert "that takes 6.4 MB of the memory: a smaller --memory" in control(node, "add", "gate", "--memory", "1GiB").out
+    assert "that takes" not in control(node, "add", "yard", "--memory", "12MiB").out
+
+
 def test_a_stream_is_added_with_what_others_leave_of_its_memory(engine: FakeEngine) -> None:
     with running_node(engine, limits__max_memory_bytes="20MiB", stream_defaults__memory_bytes="16MiB") as node:
         assert "TOO_LARGE" in control(node, "add", "gate", "--memory", "32MiB").err

@@ -13,6 +13,7 @@ from msgspec import UNSET
 from ..protocol.camera import FramePublisher
 from ..protocol.client import NodeClient
 from ..protocol.errors import ErrorCode, NodeError, NoReplyError
+from ..protocol.forecast import tokens_of
 from ..protocol.interface import VideoMemory
 from ..protocol.messages import Forecast, StreamAdded, StreamSpec, StreamStats
 from ..protocol.sockets import ASK_ENDPOINT, CONTROL_ENDPOINT, FRAMES_ENDPOINT
@@ -139,6 +140,9 @@ def forecast_text(forecast: Forecast) -> str:
         text += ", where the model's positions end"
     elif forecast.seconds_of_positions is not UNSET:
         text += f"; the model's positions end after {seconds_text(forecast.seconds_of_positions)}"
+    used_bytes = tokens_of(footprint, forecast.num_chunks) * footprint.bytes_per_token
+    if 0 < used_bytes < forecast.memory_bytes / 2:
+        text += f"; that takes {bytes_text(used_bytes)} of the memory: a smaller --memory will do"
     if forecast.load is not UNSET:
         text += f"; it takes {forecast.load:.0%} of the engine's time"
     return text
