@@ -34,6 +34,7 @@ def forecast(model: VisionLanguageModel, options: StreamOptions) -> Forecast:
     num_chunks, limit = fit(footprint, capacity, options.fps)
     if 0 < num_last < num_chunks:
         num_chunks, limit = num_last, "memory"  # whose positions begin anew
+    end_s = None if retention.forgets else seconds_of_positions(footprint, options.fps)
     num_frames = num_chunks * options.chunk_frames
     return Forecast(
         memory_bytes=options.memory_bytes,
@@ -41,9 +42,10 @@ def forecast(model: VisionLanguageModel, options: StreamOptions) -> Forecast:
         encode_size=UNSET if options.encode_size is None else size,
         footprint=footprint,
         num_chunks=num_chunks,
-        limit=limit,
+        # Positions that the clock uses up may end before so many chunks have come, or not.
+        limit=UNSET if limit == "memory" and end_s and not options.fps else limit,
         seconds_of_memory=num_frames / options.fps if options.fps else UNSET,
-        seconds_of_positions=UNSET if retention.forgets else or_unset(seconds_of_positions(footprint, options.fps)),
+        seconds_of_positions=or_unset(end_s),
     )
 
 

@@ -318,7 +318,7 @@ class Forecast(Message, frozen=True, kw_only=True):
     encode_size: tuple[int, int] | UnsetType = UNSET  # absent: it follows the pictures, the largest are counted
     footprint: Footprint
     num_chunks: int  # that fit
-    limit: MemoryLimit  # what ends first
+    limit: MemoryLimit | UnsetType = UNSET  # what ends first; absent where only the rate would tell
     seconds_of_memory: float | UnsetType = UNSET  # of the stream, until then; absent if its rate is unknown
     seconds_of_positions: float | UnsetType = UNSET  # until the model's positions end
     load: float | UnsetType = UNSET  # expected share of the engine's time; over 1 is more than it has

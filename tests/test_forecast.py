@@ -93,6 +93,8 @@ def test_a_memory_that_holds_pictures_of_another_shape_is_not_refused(model: Dir
 def test_without_a_rate_no_seconds_are_foretold(model: DirectedModel):
     foretold = forecast(model, options(model, fps=None))
     assert foretold.seconds_of_memory is UNSET and foretold.seconds_of_positions is not UNSET  # the clock alone counts
+    assert foretold.limit is UNSET  # the positions end after so many seconds, whatever comes until then
+    assert forecast(model, options(model, fps=None, layout="turns")).limit == "memory"  # no clock counts
 
 
 @pytest.mark.parametrize("retention", ["window", "thin"])
