@@ -1,11 +1,14 @@
 """An exam holds with a node that keeps its promises, and says which promise another one broke."""
 
+import io
 import itertools
 from typing import Any
 
 import msgspec
 import pytest
 from oracle import running_oracle
+from replies import asked
+from rich.console import Console
 
 from onlooker.protocol.messages import StageTimings
 from onlooker.tools.exam import (
@@ -19,6 +22,7 @@ from onlooker.tools.exam import (
     check_storm,
     check_traces,
 )
+from onlooker.tools.exam_tables import questions_table
 from onlooker.tools.qa import examine_at
 from onlooker.tools.scenario import EVERYTHING, Keeping, Setting, comparison, recall, rounds_scenario, stories_scenario
 from onlooker.tools.score import Count, compare, score
@@ -44,6 +48,17 @@ def test_a_node_that_knows_everything_passes(rounds: Report):
     assert rounds.score.all == Count(6, 6)
     assert (rounds.model, rounds.device) == ("fake", "cpu")
     assert [asked.before.num_frames for asked in rounds.asked] == [2, 4, 6, 2, 4, 6]
+
+
+def test_the_table_of_answers_breaks_no_word_on_80_columns():
+    wordy = msgspec.structs.replace(
+        asked(wanted="a triangle", text="a blue triangle", num_chunks=61),
+        question="Which shape came second, after the square?",
+    )
+    console = Console(width=80, file=io.StringIO())
+    console.print(questions_table("Questions and answers", [wordy]))
+    shown = console.file.getvalue().split()  # type: ignore[attr-defined]
+    assert {"triangle", "question", "second,", "square?", "1.22", "kB", "unchanged"} <= set(shown)
 
 
 def test_a_node_that_knows_little_fails_by_its_answers_alone():

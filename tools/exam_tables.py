@@ -52,6 +52,7 @@ def print_report(report: Report) -> None:
 
 def questions_table(title: str, asked: Sequence[Asked]) -> Table:
     table = _table(title, "question", "wanted", "answer", "")
+    table.show_edge = table.pad_edge = False  # 80 columns hold its words then
     for column in ("frames", "tokens", "bytes"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("memory", no_wrap=True)
