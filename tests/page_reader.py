@@ -18,6 +18,7 @@ class PageReader(HTMLParser):
         self.words: list[str] = []
         self.tags: list[str] = []
         self.ids: list[str] = []
+        self.num_folded = 0
         self.addresses: list[str] = []
         self.plot_words: list[list[str]] = []
         self._open: list[str] = []
@@ -37,6 +38,7 @@ class PageReader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.num_folded += tag == "details" and "open" not in dict(attrs)
         for name, value in attrs:
             self.ids += [value or ""] if name == "id" else []
             self.addresses += [value or ""] if name in FETCHING else []

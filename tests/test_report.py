@@ -260,7 +260,9 @@ def test_every_check_is_on_the_page_and_the_worst_sums_them_up(pages: dict[str, 
     assert "All 4 checks hold" in page.text
     assert page.row("Promises", "logits") == ["logits", "a model", "3 of 3", "3.5e-06", "≤ 1e-05"]
     assert page.row("Promises", "bytes")[2:] == ["1 of 1", "0", "bit for bit"]
-    assert [row[3] for row in page.tables["All checks"][1:]] == ["2.5e-06", "3.5e-06", "0", "0"]
+    assert [row[3] for row in page.tables["logits: all 3 held"][1:]] == ["2.5e-06", "3.5e-06", "0"]
+    assert [row[3] for row in page.tables["bytes: all 1 held"][1:]] == ["0"]
+    assert page.num_folded == 2
 
 
 @pytest.mark.parametrize("value", [1.0, float("inf"), float("nan")])
@@ -269,6 +271,7 @@ def test_a_check_that_is_missed_stands_out(value: float):
     assert "1 of 4 checks are missed" in page.text
     assert [row[2] for row in page.tables["Missed"][1:]] == ["the bad one"]
     assert page.row("Promises", "logits")[2] == "3 of 4"
+    assert len(page.tables["logits: 1 of 4 missed"][1:]) == 4 and page.num_folded == 0
 
 
 @pytest.mark.parametrize(

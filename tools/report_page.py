@@ -18,6 +18,7 @@ from .ask import visible
 from .panel import Panel, panel_svg
 
 Tone = Literal["", "good", "bad", "quiet"]
+Fold = Literal["", "open", "closed"]  # whether a reader can fold a part away, and how it is at first
 
 UNKNOWN = "\N{EN DASH}"
 NOTHING_FROM_OUTSIDE = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -82,6 +83,7 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     note: str = ""
     num_last: int = 0
+    fold: Fold = ""
 
     def html(self) -> str:
         head = "".join(f"<th{_class(column)}>{_text(column.name)}</th>" for column in self.columns)
@@ -92,7 +94,7 @@ class Table:
         table = (
             f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         )
-        return _section(self.title, table + _note(self.note))
+        return _section(self.title, table + _note(self.note), self.fold)
 
     def _row(self, row: Sequence[Cell]) -> str:
         return "".join(
@@ -221,8 +223,12 @@ def _is_empty(part: Table | Plots | Sentences) -> bool:
             return not part.lines
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>{content}</section>"
+def _section(title: str, content: str, fold: Fold = "") -> str:
+    heading = f"<h2>{_text(title)}</h2>"
+    if not fold:
+        return f"<section>{heading}{content}</section>"
+    is_open = " open" if fold == "open" else ""
+    return f"<section><details{is_open}><summary>{heading}</summary>{content}</details></section>"
 
 
 def _small(text: str) -> str:

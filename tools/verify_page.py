@@ -11,7 +11,7 @@ import msgspec
 
 from .ask import visible
 from .panel import Panel
-from .report_page import Cell, Column, Fact, Page, Plots, Table, Verdict, machine_facts
+from .report_page import Cell, Column, Fact, Fold, Page, Plots, Table, Verdict, machine_facts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +58,7 @@ def verify_page(report: VerifyReport) -> Page:
             _checks_table("Missed", missed),
             Plots("Differences", _panels(report.checks, models)),
             _promises_table(report.checks),
-            _checks_table("All checks", report.checks),
+            *_folded_tables(report.checks),
         ],
     )
 
@@ -92,9 +92,18 @@ def _promise_row(its: Sequence[Check]) -> list[Cell]:
     ]
 
 
-def _checks_table(title: str, checks: Sequence[Check]) -> Table:
+def _folded_tables(checks: Sequence[Check]) -> Iterator[Table]:
+    """All checks, folded away promise by promise where it holds."""
+    for promise in dict.fromkeys(check.promise for check in checks):
+        its = [check for check in checks if check.promise == promise]
+        num_missed = sum(not check.passed for check in its)
+        text = f"{num_missed} of {len(its)} missed" if num_missed else f"all {len(its)} held"
+        yield _checks_table(f"{promise}: {text}", its, "open" if num_missed else "closed")
+
+
+def _checks_table(title: str, checks: Sequence[Check], fold: Fold = "") -> Table:
     columns = [Column("promise"), Column("model"), Column("case"), *(Column(n, True) for n in ("value", "bound", ""))]
-    return Table(title, columns, [_check_row(check) for check in checks])
+    return Table(title, columns, [_check_row(check) for check in checks], fold=fold)
 
 
 def _check_row(check: Check) -> list[Cell]:
