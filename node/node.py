@@ -64,6 +64,7 @@ class Node:
         self._engine = engine
         self._should_stop = threading.Event()
         self._open = ExitStack()  # closes what is open, the last first
+        self._has_started = False
         self._state = NodeState(config)
         self._security = Security(config.security, config.camera_keys())
 
@@ -90,12 +91,12 @@ class Node:
             self._start()
             if self._engine is not None:
                 self.attach(self._engine)
+            self._has_started = True
         except BaseException:
             self.close()
             raise
 
     def _start(self) -> None:
-        self._open.callback(logger.info, "stopped")
         self._warn_of_exposure()
         for name, endpoint in self._config.endpoints.model_dump().items():
             if endpoint.startswith("ipc://"):
@@ -156,6 +157,9 @@ class Node:
         """Answer what is open with NOT_READY, and close everything, in bounded time."""
         self.request_stop()
         self._open.close()
+        if self._has_started:
+            self._has_started = False
+            logger.info("stopped")
 
     # Parts
 

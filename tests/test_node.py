@@ -231,6 +231,7 @@ def test_a_port_that_is_taken_is_named():
         with node_process(*PORTS, "--set", f"endpoints.ask={taken}") as node:
             assert node.process.wait(10) == 1
             assert f"endpoints.ask: cannot listen at {taken}: Address already in use" in node.log()
+            assert "stopped" not in node.log()
             assert "Traceback" not in node.log()
 
 
