@@ -20,7 +20,7 @@ from nodes import remember, running_node
 from replies import MEMORY
 
 from onlooker.node.node import Node
-from onlooker.protocol.messages import Answer
+from onlooker.protocol.messages import Answer, TimeRange
 from onlooker.tools import connection
 from onlooker.tools.ask import knowledge_text
 
@@ -71,6 +71,31 @@ def test_what_it_knew_how_long_it_took_and_the_proof_go_to_standard_error(node: 
 def test_it_says_until_when_nothing_new_came() -> None:
     seen = replace(MEMORY, seen_until_ns=10**10)
     assert "the newest of 0.00 s of the file, and nothing new until 10.00 s of the file (8" in knowledge_text(seen)
+
+
+@pytest.mark.parametrize(
+    ("from_s", "until_s", "seconds", "forgotten_s", "text"),
+    [
+        (4, 6, 2.0, 4.0, ", 5 forgotten: forgotten until 4.00 s of the file"),
+        (5, 1, 2.0, 5.0, ", 5 forgotten: 5 s of a file that has started over"),
+        (1, 3, 2.0, 7.0, ", 5 forgotten: 7 s of a file that has started over"),
+    ],
+    ids=["once", "in the memory", "before it"],
+)
+def test_no_time_of_a_file_that_has_started_over_says_what_is_forgotten(
+    from_s: int, until_s: int, seconds: float, forgotten_s: float, text: str
+) -> None:
+    gone = TimeRange(from_ns=0, until_ns=4 * 10**9, known="forgotten", num_frames=0)
+    looped = replace(
+        MEMORY,
+        from_ns=from_s * 10**9,
+        until_ns=until_s * 10**9,
+        seconds=seconds,
+        num_forgotten_frames=5,
+        seconds_forgotten=forgotten_s,
+        ranges=[gone],
+    )
+    assert knowledge_text(looped).endswith(text)
 
 
 def test_a_choice_is_one_of_the_options_with_their_probabilities(node: Node) -> None:

@@ -40,6 +40,8 @@ from .connection import (
 )
 from .quantity import NS_PER_S, ms_text, seconds_text, time_text
 
+ROUNDING_S = 1e-3
+
 
 @dataclass(frozen=True, slots=True)
 class Manner:
@@ -242,10 +244,19 @@ def knowledge_text(memory: Provenance) -> str:
 
 
 def _gaps_text(memory: Provenance) -> str:
-    """Until when the memory is not whole."""
+    """Until when the memory is not whole; no time of a file that has started over tells that."""
+    if _has_started_over(memory):
+        return f": {seconds_text(memory.seconds_forgotten)} of a file that has started over"
     ends = [list(alike)[-1] for _, alike in groupby(memory.ranges, lambda r: r.known)]
     texts = [f"{r.known} until {time_text(r.until_ns, memory.ts_kind)}" for r in ends if r.known != "whole"]
     return f": {', '.join(texts)}" if texts else ""
+
+
+def _has_started_over(memory: Provenance) -> bool:
+    """Whether more went by of a file than its times have room for."""
+    span_s, until_s = (memory.until_ns - memory.from_ns) / NS_PER_S, memory.until_ns / NS_PER_S
+    is_longer = seconds_known(memory) > span_s + ROUNDING_S or memory.seconds_forgotten > until_s + ROUNDING_S
+    return memory.ts_kind == "media" and is_longer
 
 
 def timing_text(timing: AnswerTiming) -> str:
