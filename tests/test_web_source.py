@@ -103,11 +103,14 @@ def test_a_player_that_is_stopped_tells_the_node_that_the_stream_has_ended(
     until(lambda: {stats.stream: stats.state for stats in client.streams()}["clip"] == "ended")
 
 
-def test_one_player_a_stream(sources: Sources, clip: str, client: NodeClient) -> None:
+def test_what_is_being_played_does_not_start_over_until_it_is_stopped(sources: Sources, clip: str) -> None:
     first = playing(sources, clip, 0.5)
     until(lambda: first.position and first.position.num_sent)
+    with pytest.raises(ValueError, match="clip is being played"):
+        playing(sources, clip, FASTEST)
+    assert sources.player("clip") is first and not first.is_over
+    first.stop()
     second = playing(sources, clip, FASTEST)
-    assert first.is_over
     until(lambda: second.is_over)
     assert second.played is not None and second.played.node is not None
     assert second.played.node.encoded == NUM_FRAMES

@@ -274,10 +274,11 @@ class Sources:
     def play(self, source: str, stream: str, rate: float, settings: StreamSettings) -> None:
         """Play a file into a stream, which is added first if the node does not know it.
 
-        What is being played there ends. Raises VideoError and the client's errors.
+        Raises ValueError, in words, while a file is being played there; VideoError and the client's errors.
         """
+        if (playing := self.player(stream)) is not None and not playing.is_over:
+            raise ValueError(f"{stream} is being played. Stop first: Start begins with the first picture again.")
         open_video(source).close()
-        self.stop(stream)
         self.provide(stream, settings)
         player = self._players[stream] = Player(source, stream, rate, self._link, self.pictures)
         player.start()
