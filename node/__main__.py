@@ -96,13 +96,9 @@ def _loaded(config: NodeConfig, load_engine: LoadEngine) -> ClosableEngine:
 
 def _load_engine(config: NodeConfig) -> ClosableEngine:
     # torch and transformers: slow to import, and not needed for --help
-    from transformers.utils import logging as transformers_logging
-
     from .engine import load_engine
     from .model import use_few_threads
 
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()  # it would tear the lines of the log
     take_over("transformers", "huggingface_hub")
     return load_engine(
         model=config.model,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from .adapter import Family, family_of, require_known
@@ -338,6 +340,8 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Visio
     spread the layers over all GPUs. Raises UnsupportedModelError before any weight is read, OSError when there
     is no such checkpoint or it lacks weights, ValueError for a dtype or device that cannot be had.
     """
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # it would tear the lines of a log
     path = _checkpoint(name)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")

@@ -8,6 +8,7 @@ import transformers
 from checkpoints import FAMILIES, Checkpoints, chunk, memory
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
 
 from onlooker.node.adapter import UnsupportedModelError
 from onlooker.node.arena import Arena
@@ -28,13 +29,19 @@ def folder(path: Path, **config: object) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_family_loads_from_a_folder(checkpoints: Checkpoints, family: str, dtype: str):
-    model = load_model(str(checkpoints.path(family)), dtype=dtype, device="cpu")
+def test_every_family_loads_from_a_folder(
+    checkpoints: Checkpoints, family: str, dtype: str, capsys: pytest.CaptureFixture[str]
+):
+    path = str(checkpoints.path(family))
+    transformers_logging.enable_progress_bar()
+    capsys.readouterr()
+    model = load_model(path, dtype=dtype, device="cpu")
     assert model.config.model_type == family
     assert model.dtype == model.kv_shape.dtype == getattr(torch, dtype)
     assert model.device == torch.device("cpu")
     assert set(model.kv_shape.layer_devices) == {torch.device("cpu")}
     assert model.notice is None
+    assert capsys.readouterr().err == ""  # no progress bar where no terminal is
 
 
 @pytest.mark.parametrize("family", FAMILIES)
