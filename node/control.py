@@ -155,6 +155,8 @@ class Control:
     def add_stream(self, options: StreamOptions) -> Steps[StreamAdded]:
         """Reserve a stream's memory, which others may have to cede, then take in its frames; all or nothing."""
         allotment = self._state.allotment
+        if allotment.ceded(options):  # nobody forgets anything for one that would then be refused
+            self._check_load((yield self._state.engine.foretell(options)), options)
         yield from self._resize(partial(allotment.ceded, options))
         try:
             forecast = yield from self._take(options)
@@ -191,14 +193,20 @@ class Control:
 
     def _begin_stream(self, options: StreamOptions) -> Generator[Future[Any], Any, Forecast]:
         engine, intake = self._state.engine, self._state.intake
-        streams = intake.stream_stats()
-        forecast = with_load((yield engine.add_stream(options)), options, streams)
+        foretold = yield engine.add_stream(options)
         try:
-            check_load(forecast, streams, self._state.config.limits.max_load)
+            forecast = self._check_load(foretold, options)
             intake.add_stream(options)
         except NodeError:
             yield engine.remove_stream(options.name)
             raise
+        return forecast
+
+    def _check_load(self, foretold: Forecast, options: StreamOptions) -> Forecast:
+        """The forecast with its load. Raises NodeError for one that others leave too little time for."""
+        streams = self._state.intake.stream_stats()
+        forecast = with_load(foretold, options, streams)
+        check_load(forecast, streams, self._state.config.limits.max_load)
         return forecast
 
     def remove_stream(self, stream: str) -> Steps[Empty]:

@@ -169,6 +169,9 @@ class Engine:
     def add_stream(self, options: StreamOptions) -> Future[Forecast]:
         return self._call(lambda: self._add_stream(options))
 
+    def foretell(self, options: StreamOptions) -> Future[Forecast]:
+        return self._call(lambda: forecast(self._model, options))
+
     def remove_stream(self, stream: str) -> Future[None]:
         return self._call(lambda: self._remove_stream(stream))
 

@@ -70,6 +70,10 @@ class EngineProtocol(Protocol):
         """
         ...
 
+    def foretell(self, options: StreamOptions) -> Future[Forecast]:
+        """Say what a stream would hold with all the memory it asks for. Fails with NodeError TOO_LARGE."""
+        ...
+
     def remove_stream(self, stream: str) -> Future[None]:
         """Free a memory; its running questions end with CANCELLED. Fails with UNKNOWN_STREAM."""
         ...

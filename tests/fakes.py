@@ -102,6 +102,7 @@ class FakeEngine:
         self.model = model
         self.relieve: Relieve = lambda stream: None
         self.adjusted: dict[str, StreamOptions] = {}
+        self.resized: list[tuple[str, int]] = []
         self.capacity_tokens = capacity_tokens
         self.encode_s = encode_s
         self.word_s = word_s
@@ -186,6 +187,11 @@ class FakeEngine:
 
         return self._submit(options.name, steps())
 
+    def foretell(self, options: StreamOptions) -> Future[Forecast]:
+        done: Future[Forecast] = Future()
+        done.set_result(self._forecast(options))
+        return done
+
     def adjust(self, stream: str, options: StreamOptions) -> Future[None]:
         self.adjusted[stream] = options
         done: Future[None] = Future()
@@ -196,6 +202,7 @@ class FakeEngine:
         def steps() -> Generator[None, None, Forecast]:
             memory = self._memory(stream)
             memory.options = replace(memory.options, memory_bytes=memory_bytes)
+            self.resized.append((stream, memory_bytes))
             yield from ()
             return self._forecast(memory.options)
 

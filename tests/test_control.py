@@ -257,6 +257,22 @@ def test_a_stream_that_there_is_no_time_for_is_refused_and_leaves_nothing_behind
         assert sorted(engine.streams()) == ["b", "front"]
 
 
+def test_nobody_cedes_memory_for_a_stream_that_there_is_no_time_for(engine: FakeEngine):
+    limits = {"max_load": 0.5, "max_memory_bytes": "2MiB"}
+    window = {"retention": "window", "memory_bytes": "2MiB", "min_memory_bytes": "1MiB"}
+    settings = {f"limits__{name}": value for name, value in limits.items()}
+    settings |= {f"stream_defaults__{name}": value for name, value in window.items()}
+    spec = {"stream": "b", "encode_width": 64, "encode_height": 32, "memory_bytes": 1 << 20}
+    with running_node(engine, **settings) as node, RawClient(node.endpoints["control"]) as client:
+        with Camera(node.endpoints["frames"]) as camera:
+            camera.publish(4)
+            until(lambda: "preprocess_ms" in client.ok("streams")["streams"][0]["stages"])
+        assert client.error("stream_add", spec | {"fps": 1e6})["code"] == "TOO_LARGE"
+        assert engine.resized == []
+        client.ok("stream_add", spec | {"fps": 0.1})
+        assert engine.resized == [("front", 1 << 20)]
+
+
 def test_streams_are_added_until_their_memory_is_taken(engine: FakeEngine):
     limits = {"limits__max_memory_bytes": "3MiB", "stream_defaults__memory_bytes": "2MiB"}
     with running_node(engine, **limits) as node, RawClient(node.endpoints["control"]) as client:
