@@ -103,7 +103,7 @@ def _attend_by_pieces(kernel: "Kernel", query: Tensor, key: Tensor, value: Tenso
         while num_past - first >= length * num:
             some = slice(first, first + length * num)
             keys, values = key[some].unflatten(0, (num, length)), value[some].unflatten(0, (num, length))
-            partials += _attend_pieces(kernel, query, keys, values, scale)
+            partials += _attend_pieces(kernel, query, keys, values, False, scale)
             first = some.stop
             if len(partials) >= MAX_PARTIALS:
                 partials = [_joined(partials)]
@@ -121,19 +121,24 @@ def _build_pieces(kernel: "Kernel", device: torch.device, dtype: torch.dtype, sh
     key = torch.zeros(max(length * num for length, num in PIECES), shape[1], shape[-1], device=device, dtype=dtype)
     for length, num in PIECES:
         keys = key[: length * num].unflatten(0, (num, length))
-        _attend_pieces(kernel, query, keys, keys, 1.0)
+        _attend_pieces(kernel, query, keys, keys, False, 1.0)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     logger.info("attention of %d tokens to their past was built in %.1f s", shape[3], time.monotonic() - began)
 
 
-def _attend_pieces(kernel: "Kernel", query: Tensor, key: Tensor, value: Tensor, scale: float) -> list[Partial]:
-    """Attend to each of some pieces, all in one call; key, value (pieces, length, kv_heads, head_dim)."""
+def _attend_pieces(
+    kernel: "Kernel", query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
+) -> list[Partial]:
+    """Attend to each of some pieces, all in one call of a kernel that shares K/V heads among query heads.
+
+    query as in `attend_recent`; key, value (pieces, length, kv_heads, head_dim).
+    """
     num, heads = len(key), query.shape[1:3]
     rows = query.flatten(1, 2)
     if num > 1:
         rows = rows.repeat(num, 1, 1, 1)
-    out, lse = kernel(rows, key.transpose(1, 2), value.transpose(1, 2), False, scale)
+    out, lse = kernel(rows, key.transpose(1, 2), value.transpose(1, 2), causal, scale)
     return [Partial(out[i : i + 1].unflatten(1, heads), lse[i : i + 1].unflatten(1, heads)) for i in range(num)]
 
 
@@ -144,10 +149,8 @@ def _joined(partials: list[Partial]) -> Partial:
 
 
 def _attend_grouped(kernel: "Kernel", query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> Partial:
-    """Attend to a segment by a kernel that shares K/V heads among query heads; shapes as in `attend_recent`."""
-    key, value = key.transpose(0, 1)[None], value.transpose(0, 1)[None]
-    out, lse = kernel(query.flatten(1, 2), key, value, causal, scale)
-    return Partial(out.unflatten(1, query.shape[1:3]), lse.unflatten(1, query.shape[1:3]))
+    """Attend to one segment by such a kernel; shapes as in `attend_recent`."""
+    return _attend_pieces(kernel, query, key[None], value[None], causal, scale)[0]
 
 
 def attend_ragged(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float) -> Partial:
