@@ -19,11 +19,6 @@ from onlooker.protocol.messages import Answer, Ask
 QUESTION = "What do you see now? What did you see first?"
 
 
-@pytest.fixture
-def model(checkpoints: Checkpoints) -> DirectedModel:
-    return DirectedModel(checkpoints.model("qwen2_5_vl"))
-
-
 def chunks(model: VisionLanguageModel) -> list[Chunk]:
     factor = model.geometry.factor
     return [chunk(0, 4, factor=factor), chunk(4, 2, factor=factor), chunk(6, 2, grid=(3, 2), factor=factor)]

@@ -1,13 +1,12 @@
 """Questions in an engine: what they are told, and how each of them ends."""
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, wait
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import Checkpoints, DirectedModel, are_equal, chunk, memory, rows
+from checkpoints import DirectedModel, are_equal, chunk, memory, rows
 from deadline import until
 from engines import (
     MAX_WAITING,
@@ -20,25 +19,12 @@ from engines import (
     held_in_a_chunk,
     held_in_an_answer,
     is_at_rest,
-    running_engine,
     the_memory,
 )
 from msgspec import UNSET
 
 from onlooker.node.engine import Engine
 from onlooker.protocol.errors import NodeError
-
-
-@pytest.fixture
-def model(checkpoints: Checkpoints) -> DirectedModel:
-    return DirectedModel(checkpoints.model("qwen2_5_vl"))
-
-
-@pytest.fixture
-def engine(model: DirectedModel) -> Iterator[Engine]:
-    with running_engine(model) as engine:
-        yield engine
-
 
 # Answers
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from checkpoints import Checkpoints, DirectedModel, are_equal, arena, chunk, memory
+from checkpoints import DirectedModel, are_equal, arena, chunk, memory
 from torch import Tensor
 
 from onlooker.node.arena import Extent
@@ -9,11 +9,6 @@ from onlooker.node.layout import LayoutState, Span
 from onlooker.node.memory import StreamMemory
 from onlooker.node.passes import Prefill
 from onlooker.protocol.errors import NodeError
-
-
-@pytest.fixture
-def model(checkpoints: Checkpoints) -> DirectedModel:
-    return DirectedModel(checkpoints.model("qwen2_5_vl"))
 
 
 @pytest.fixture

@@ -21,11 +21,6 @@ QUESTION = "Which shape came first?"
 OPTIONS = ["a red circle", "red", "a red", "東京 🚲", "none of these, nothing at all"]
 
 
-@pytest.fixture
-def model(checkpoints: Checkpoints) -> DirectedModel:
-    return DirectedModel(checkpoints.model("qwen2_5_vl"))
-
-
 def filled(model: VisionLanguageModel, layout: str = "native") -> StreamMemory:
     stream = memory(model, layout=layout)
     for seq in (0, 2):

@@ -2,13 +2,12 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import FRAME_NS, Checkpoints, DirectedModel, are_equal, chunk, memory, rows
+from checkpoints import FRAME_NS, DirectedModel, are_equal, chunk, memory, rows
 from deadline import until
 from engines import (
     NUM_SLOTS,
@@ -23,7 +22,6 @@ from engines import (
     is_at_rest,
     open_questions,
     reason_of,
-    running_engine,
     the_memory,
 )
 from msgspec import UNSET
@@ -36,18 +34,6 @@ from onlooker.node.options import StreamOptions
 from onlooker.node.vram import VramMeter
 from onlooker.protocol.errors import NodeError
 from onlooker.protocol.messages import Vram
-
-
-@pytest.fixture
-def model(checkpoints: Checkpoints) -> DirectedModel:
-    return DirectedModel(checkpoints.model("qwen2_5_vl"))
-
-
-@pytest.fixture
-def engine(model: DirectedModel) -> Iterator[Engine]:
-    with running_engine(model) as engine:
-        yield engine
-
 
 # Streams
 

@@ -25,11 +25,6 @@ QUESTION = "What do you see now?"
 
 
 @pytest.fixture
-def model(checkpoints: Checkpoints) -> DirectedModel:
-    return DirectedModel(checkpoints.model("qwen2_5_vl"))
-
-
-@pytest.fixture
 def engine(model: DirectedModel) -> Iterator[Engine]:
     yield from running(model)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from checkpoints import Checkpoints, DirectedModel, are_equal, chunk, rows
+from checkpoints import DirectedModel, are_equal, chunk, rows
 from deadline import until
 
 from onlooker.node.arena import Arena
@@ -20,11 +20,6 @@ from onlooker.protocol.messages import Answer, Ask
 
 WAIT_S = 30.0
 QUESTION = "What do you see now?"
-
-
-@pytest.fixture
-def model(checkpoints: Checkpoints) -> DirectedModel:
-    return DirectedModel(checkpoints.model("qwen2_5_vl"))
 
 
 @pytest.fixture

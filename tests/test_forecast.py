@@ -15,11 +15,6 @@ from onlooker.protocol.errors import NodeError
 from onlooker.protocol.forecast import Room, tokens_of
 
 
-@pytest.fixture
-def model(checkpoints: Checkpoints) -> DirectedModel:
-    return DirectedModel(checkpoints.model("qwen2_5_vl"))
-
-
 def options(model: DirectedModel, num_tokens: int = 200, **changes: Any) -> StreamOptions:
     """Of a stream whose frames are those of `checkpoints.chunk`."""
     side = 2 * model.geometry.factor

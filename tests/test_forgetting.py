@@ -55,11 +55,6 @@ def visibility(prompt: Prompt, num_anchor: int, seen: Sequence[Sequence[int]]) -
     return visible & ((chunk_of == -1)[None] | sees[chunk_of][:, chunk_of])
 
 
-@pytest.fixture
-def model(checkpoints: Checkpoints) -> DirectedModel:
-    return DirectedModel(checkpoints.model("qwen2_5_vl"))
-
-
 # Exactness
 
 

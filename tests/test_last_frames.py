@@ -67,11 +67,6 @@ def numbers(stream: StreamMemory) -> list[int]:
     return [record.number for record in stream.ledger.records]
 
 
-@pytest.fixture
-def model(checkpoints: Checkpoints) -> DirectedModel:
-    return DirectedModel(checkpoints.model("qwen2_5_vl"))
-
-
 # Exactness
 
 

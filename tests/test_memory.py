@@ -16,11 +16,6 @@ from onlooker.node.options import StreamOptions
 from onlooker.node.passes import Prefill
 
 
-@pytest.fixture
-def model(checkpoints: Checkpoints) -> DirectedModel:
-    return DirectedModel(checkpoints.model("qwen2_5_vl"))
-
-
 def next_logits(model: VisionLanguageModel, stream: StreamMemory) -> torch.Tensor:
     question = stream.layout.question(stream.now.layout, "What do you see?")
     return model.logits(model.read(question, Prefill([stream.extent(stream.now)])))

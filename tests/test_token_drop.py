@@ -93,11 +93,6 @@ def thinned(prompt: Prompt, drop: float, num_places: int) -> tuple[Prompt, list[
     return Prompt([*spans, prompt.spans[-1]], prompt.seen), similarities
 
 
-@pytest.fixture
-def model(checkpoints: Checkpoints) -> DirectedModel:
-    return DirectedModel(checkpoints.model("qwen2_5_vl"))
-
-
 # Exactness
 
 
