@@ -65,7 +65,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     with tarfile.open(_build("build_sdist", tree, work)) as sdist:
-        sdist.extractall(work / "unpacked", filter="data")
+        # Python 3.11 has filters from its fourth release on; others know no such attribute, and pass it by.
+        sdist.extraction_filter = getattr(tarfile, "data_filter", None)
+        sdist.extractall(work / "unpacked")
     (unpacked,) = (work / "unpacked").iterdir()
     with zipfile.ZipFile(_build("build_wheel", unpacked, work)) as built:
         return set(built.namelist())
